@@ -207,6 +207,10 @@ class AdapterWeights:
         return cls(net, c.variant, lora if lora is None or all(k.endswith(('.down', '.up')) for k in lora) else normal_lora(lora))
     @property
     def num_tokens(self): return self.net.image_proj.num_tokens
+    @property
+    def structure_width(self):
+        "Width of the CLIP states that Plus and PlusV2 read; None for the other variants."
+        return self.net.image_proj.perceiver_resampler.proj_in.in_features if isinstance(self.net.image_proj, PlusProjection) else None
     def parameters(self): return list(self.net.parameters())
     def to(self, *args, **kwargs): self.net.to(*args, **kwargs); return self
     def state_dict(self):

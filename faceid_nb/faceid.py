@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROMPT', 'Row', 'spread', 'pair_rows', 'draw_seeds', 'clean_latents', 'Step', 'run_rows', 'check_arguments', 'watch',
-           'step_by_step', 'is_vector', 'find_people', 'FaceID', 'record', 'save_png', 'read_record']
+           'step_by_step', 'is_vector', 'find_people', 'find_crops', 'FaceID', 'record', 'save_png', 'read_record']
 
 # %% ../nbs/08_faceid.ipynb #93f16dd5
 import difflib, inspect, json, queue, threading
@@ -28,6 +28,7 @@ class Row:
     s_scale: float        # weight of the structure (PlusV2)
     person: int = 0       # which face of the call it is
     sample: int = 0       # which picture of that face
+    structure: object = None  # Plus: CLIP states (L, c) of the crop
 
 def spread(value, n, k, name, kinds=(int, float)):  # n faces, k pictures of each
     "One value, one per face (n) or one per picture (n * k), as a list of n * k."
@@ -99,6 +100,7 @@ def run_rows(
     pipe, adapter,
     rows,             # list of `Row`
     batch_size=None,  # rows at a time; None: all
+    nobody=None,      # Plus: CLIP states (1, L, c) of an empty picture, for the unconditional rows
     stop=None,        # a `threading.Event` that ends it
     on_step=None,     # called with a `Step`
     num_inference_steps=30,
@@ -112,7 +114,8 @@ def run_rows(
         own = {k: v[at:at + size] for k, v in more.items() if k in _ROWWISE and isinstance(v, (list, torch.Tensor)) and len(v) == len(rows)}
         callback = watch(part, images, at // size * steps, -(-len(rows) // size) * steps, stop, on_step, more.get('callback_on_step_end'))
         inputs = {*more.get('callback_on_step_end_tensor_inputs', ()), 'latents'}
-        with torch.no_grad(), adapter.condition([r.face for r in part], scale=[r.scale for r in part], s_scale=[r.s_scale for r in part], **knobs):
+        seen = {} if part[0].structure is None else dict(structure=torch.stack([r.structure for r in part]), negative_structure=nobody)
+        with torch.no_grad(), adapter.condition([r.face for r in part], scale=[r.scale for r in part], s_scale=[r.s_scale for r in part], **seen, **knobs):
             made = pipe(prompt=[r.prompt for r in part], negative_prompt=[r.negative_prompt for r in part], num_inference_steps=steps,
                 generator=[torch.Generator().manual_seed(r.seed) for r in part], **{**more, **own, 'callback_on_step_end': callback, 'callback_on_step_end_tensor_inputs': list(inputs)}).images
         if stop is not None and stop.is_set(): return
@@ -190,6 +193,21 @@ def find_people(
     if is_vector(face, width): return list(torch.as_tensor(face).float().reshape(-1, width))
     return [person(f) for f in (face if isinstance(face, (list, tuple)) else [face])]
 
+# %% ../nbs/08_faceid.ipynb #70cd9b1c
+def find_crops(
+    faces,        # photographs or `Face`s, one or a list; of a list inside it the first counts
+    reader=None, which='largest',
+) -> list:
+    "Aligned crops of 224 pixels, RGB. Raises `ArgumentError` where there is only an embedding."
+    def crop(f):
+        if isinstance(f, (list, tuple)): return crop(f[0])
+        if isinstance(f, Face): return f.crop(224)
+        if len(getattr(f, 'shape', ())) == 1:
+            raise ArgumentError('An embedding has no picture to read the structure from', f'{len(f)} numbers', 'Give the photograph or a Face, or say structure=photograph')
+        if reader is None: raise ArgumentError('A photograph was given, and there is no face reader', type(f).__name__, 'Give a Face, or make the FaceID with a FaceReader')
+        return reader.best(f, which).crop(224)
+    return [crop(f) for f in (faces if isinstance(faces, (list, tuple)) else [faces])]
+
 # %% ../nbs/08_faceid.ipynb #a2cf9993
 class FaceID:
     "Reader, adapter and pipeline. `generate` makes pictures, `stream` makes them step by step, `stop` ends either."
@@ -199,8 +217,10 @@ class FaceID:
         reader=None,         # a `FaceReader`; None: only embeddings can be given
         name='',             # of the model, for the pictures' records
         negative_prompt='',  # where a call gives none
+        encoder=None,        # a `StructureEncoder`, for Plus and PlusV2
     ):
-        self.pipe, self.adapter, self.reader, self.name, self.negative_prompt = pipe, adapter, reader, name, negative_prompt
+        self.pipe, self.adapter, self.reader, self.name, self.negative_prompt, self.encoder = pipe, adapter, reader, name, negative_prompt, encoder
+        if encoder and adapter.structure_width: encoder.check(adapter.structure_width)
         self.attach()
         self._stop, self._busy, self.stopped = threading.Event(), threading.Lock(), False
     def __repr__(self): return f'FaceID({self.name or self.adapter.variant}: {type(self.pipe).__name__} on {self.pipe.device}, {str(self.pipe.dtype).removeprefix("torch.")})'
@@ -216,6 +236,7 @@ class FaceID:
         scale=1.0,           # weight of the identity: a number, or one a face or a picture
         s_scale=1.0,         # PlusV2: weight of the structure, likewise
         num_inference_steps=30, guidance_scale=7.5, negative_prompt=None,
+        structure=None,      # Plus: whose face the structure is read from, one or one a face; None: the person's own photograph
         which='largest',     # which face of a photograph
         batch_size=None,     # rows at a time; the pictures do not depend on it
         on_step=None,        # called with a `Step` after each step
@@ -224,15 +245,28 @@ class FaceID:
         "Pictures, all samples of the first face, then of the second; fewer where `stop` was called. Their records are in `.info['faceid_nb']`."
         check_arguments(self.pipe, more)
         if not num_inference_steps >= 1: raise ArgumentError('num_inference_steps must be 1 or more', f'{num_inference_steps}')
-        rows = pair_rows(find_people(face, self.reader, self.adapter.net.image_proj.proj[0].in_features, which), prompt, self.negative_prompt if negative_prompt is None else negative_prompt, num_samples, seed, scale, s_scale)
+        people = find_people(face, self.reader, self.adapter.net.image_proj.proj[0].in_features, which)
+        rows = pair_rows(people, prompt, self.negative_prompt if negative_prompt is None else negative_prompt, num_samples, seed, scale, s_scale)
+        nobody = self.look(rows, people, structure, which)
         if not self._busy.acquire(blocking=False): raise ArgumentError('This FaceID is already generating', 'another thread uses its pipeline', 'Wait for it, or call stop()')
         try:
             self._stop.clear(); self.attach(); images = []
-            for part, made in run_rows(self.pipe, self.adapter, rows, batch_size, self._stop, on_step, num_inference_steps, guidance_scale=guidance_scale, **more):
+            for part, made in run_rows(self.pipe, self.adapter, rows, batch_size, nobody, self._stop, on_step, num_inference_steps, guidance_scale=guidance_scale, **more):
                 for row, image in zip(part, made): images.append(record(image, row, self, num_inference_steps, guidance_scale, more))
             self.stopped = self._stop.is_set()
             return images
         finally: self._busy.release()
+    def look(self, rows, people, structure=None, which='largest'):
+        "Give each row the CLIP states that it reads its structure from; returns those of nobody. Nothing where the variant has no structure."
+        if self.adapter.structure_width is None:
+            if structure is not None: raise ArgumentError('There is no structure to give', f'The variant {self.adapter.variant} reads the embedding only', 'Use a Plus or PlusV2 model')
+            return None
+        if self.encoder is None: raise ArgumentError(f'The variant {self.adapter.variant} also reads the picture of the face', 'This FaceID has no image encoder', 'Pass encoder=StructureEncoder.from_pretrained(...)')
+        seen = find_crops(people if structure is None else structure, self.reader, which); n = 1 + max(r.person for r in rows)
+        if len(seen) not in (1, n): raise ArgumentError(f'{len(seen)} structures for {n} faces', '', 'Give one, or one for each face')
+        states = self.encoder(seen)
+        for r in rows: r.structure = states[r.person % len(states)]
+        return self.encoder.nobody()
     def stream(self, face, prompt=None, **arguments):
         "As `generate`, step by step: yields a `Step` after each; the last one's `.images` are the pictures."
         return step_by_step(lambda on_step: self.generate(face, prompt, on_step=on_step, **arguments), self._stop)

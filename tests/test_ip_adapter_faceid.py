@@ -5,7 +5,9 @@ import goldens_build as gold
 from faceid_nb import ip_adapter_faceid as together, ip_adapter_faceid_separate as separate
 from faceid_nb.errors import ArgumentError, BaseModelError, CheckpointError, VariantError
 
-SD = [n for n in gold.CASES if n.startswith('faceid') and n != 'faceid_separate_lora']
+from faceid_nb.plus import StructureEncoder
+
+ALL = [n for n in gold.CASES if n != 'faceid_separate_lora']
 
 
 @pytest.fixture(scope='module')
@@ -14,12 +16,78 @@ def files(tmp_path_factory):
     return lambda name: folder / name if (folder / name).exists() else gold.write_checkpoint(name, folder)
 
 
-@pytest.mark.parametrize('name', SD)
-def test_golden(files, name):
-    case = gold.case(name); want = gold.expected()[name]
-    model = together.IPAdapterFaceID(gold.pipeline('sd'), files(case['checkpoint']), 'cpu', **case['init'])
-    got = torch.as_tensor(model.generate(gold.inputs(name)[0], **case['call']))
+@pytest.fixture(scope='module')
+def encoder(tmp_path_factory):
+    "The golden image encoder as a folder, as the original takes it."
+    folder = tmp_path_factory.mktemp('encoder'); gold.image_encoder().save_pretrained(folder)
+    return folder
+
+
+def made_for(name, files, encoder):
+    "The class of a golden case, made as the original was, and the arguments that come first in its `generate`."
+    case = gold.case(name); module, cls = case['reference'].split('.'); cls = getattr({'ip_adapter_faceid': together, 'ip_adapter_faceid_separate': separate}[module], cls)
+    embeds, face_image = gold.inputs(name); pipe, path = gold.pipeline(case['pipeline']), files(case['checkpoint'])
+    if face_image is None: return cls(pipe, path, 'cpu', **case['init']), (embeds,)
+    return cls(pipe, str(encoder), path, 'cpu', **case['init']), (face_image, embeds)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_golden(files, encoder, name):
+    want = gold.expected()[name]; model, first = made_for(name, files, encoder)
+    got = torch.as_tensor(model.generate(*first, **gold.case(name)['call']))
     assert got.shape == want.shape and (got - want).abs().max() < gold.TOLERANCE < want.abs().mean() / 1000
+
+
+@pytest.mark.parametrize('name', [n for n in gold.CASES if 'plus' in n])
+def test_plus_goes_by_the_file_name_and_by_the_callers_word(files, encoder, name):
+    want = gold.expected()[name]; model, first = made_for(name, files, encoder); call = {k: v for k, v in gold.case(name)['call'].items() if k != 'shortcut'}
+    assert (torch.as_tensor(model.generate(*first, **call)) - want).abs().max() < gold.TOLERANCE                           # the file's name says which
+    other = torch.as_tensor(model.generate(*first, **call, shortcut='v2' not in name))
+    assert (other - want).abs().max() > 1e-2
+    assert (torch.as_tensor(model.generate(*first, **call)) - want).abs().max() < gold.TOLERANCE                           # and the word is forgotten again
+
+
+@pytest.mark.parametrize('cls, shortcut', [('IPAdapterFaceIDPlus', False), ('IPAdapterFaceIDPlusXL', True)])
+def test_a_name_that_does_not_say_gives_the_originals_default(tmp_path, encoder, cls, shortcut):
+    sd, name = ('sdxl', 'ip-adapter-faceid-plusv2_sdxl.bin') if shortcut else ('sd', 'ip-adapter-faceid-plusv2_sd15.bin')
+    path = gold.write_checkpoint(name, tmp_path).rename(tmp_path/'mine.bin')
+    assert getattr(together, cls)(gold.pipeline(sd), str(encoder), path, 'cpu').shortcut is shortcut
+
+
+def test_plus_rows_stand_for_themselves(files, encoder):
+    from PIL import Image, ImageOps
+    model, (face, embeds) = made_for('plusv2_s1.0', files, encoder); two = torch.cat([embeds, embeds.roll(7, 1)]); faces = [face, ImageOps.mirror(face)]
+    call = dict(num_inference_steps=2, width=16, height=16, output_type='latent')
+    both = torch.as_tensor(model.generate(faces, two, prompt=['a man', 'a woman'], num_samples=1, seed=[3, 4], s_scale=[.5, 1.5], **call))
+    for i in (0, 1):
+        alone = torch.as_tensor(model.generate(faces[i], two[i:i + 1], prompt=['a man', 'a woman'][i], num_samples=1, seed=[3 + i], s_scale=[.5, 1.5][i], **call))
+        assert (both[i] - alone[0]).abs().max() < 1e-4
+    crossed = torch.as_tensor(model.generate(faces[::-1], two, prompt=['a man', 'a woman'], num_samples=1, seed=[3, 4], s_scale=[.5, 1.5], **call))
+    assert all((crossed[i] - both[i]).abs().max() > 1e-3 for i in (0, 1))    # each read its own picture
+
+
+def test_separate_plus_ignores_the_lora_inside(files, encoder):
+    name = 'ip-adapter-faceid-plusv2_sd15.bin'; pipe = gold.pipeline('sd'); before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    model = separate.IPAdapterFaceIDPlus(pipe, str(encoder), files(name), 'cpu')
+    assert all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items()) and model.shortcut
+    face, embeds = gold.inputs('plusv2_s1.0')[::-1]
+    assert len(model.generate(face, embeds, num_samples=3, num_inference_steps=1, width=16, height=16)) == 3
+
+
+@pytest.mark.parametrize('width', [64, 128])
+def test_an_encoder_of_another_width_is_refused(files, width):
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+    small = CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=28))
+    pipe = gold.pipeline('sd'); processors = dict(pipe.unet.attn_processors)
+    with pytest.raises(BaseModelError, match=f'{width} wide.*96 wide'): together.IPAdapterFaceIDPlus(pipe, StructureEncoder(small), files('ip-adapter-faceid-plus_sd15.bin'), 'cpu')
+    assert pipe.unet.attn_processors == processors
+
+
+def test_plus_wants_both_the_face_and_its_picture(files, encoder):
+    model, (face, embeds) = made_for('plus', files, encoder)
+    with pytest.raises(ArgumentError, match='face_image is None'): model.generate(faceid_embeds=embeds, prompt='a man')
+    with pytest.raises(ArgumentError, match='faceid_embeds is None'): model.generate(face_image=face, prompt='a man')
+    with pytest.raises(ArgumentError, match='2 pictures for 1'): model.generate([face, face], embeds, prompt='a man')
 
 
 def test_golden_separate_lora(files):
@@ -33,6 +101,13 @@ def test_golden_separate_lora(files):
 def test_arguments_are_the_originals():
     names = lambda f: [p for p in inspect.signature(f).parameters if p != 'self']
     assert names(together.IPAdapterFaceID.__init__) == ['sd_pipe', 'ip_ckpt', 'device', 'lora_rank', 'num_tokens', 'torch_dtype']
+    assert names(together.IPAdapterFaceIDXL.__init__) == names(together.IPAdapterFaceID.__init__)
+    for cls in (together.IPAdapterFaceIDPlus, together.IPAdapterFaceIDPlusXL): assert names(cls.__init__) == ['sd_pipe', 'image_encoder_path', 'ip_ckpt', 'device', 'lora_rank', 'num_tokens', 'torch_dtype']
+    assert names(separate.IPAdapterFaceIDPlus.__init__) == ['sd_pipe', 'image_encoder_path', 'ip_ckpt', 'device', 'num_tokens', 'torch_dtype']
+    for cls in (together.IPAdapterFaceIDPlus, together.IPAdapterFaceIDPlusXL, separate.IPAdapterFaceIDPlus):
+        p = inspect.signature(cls.generate).parameters
+        assert {k: v.default for k, v in p.items() if v.default is not inspect._empty} == dict(face_image=None, faceid_embeds=None, prompt=None, negative_prompt=None, scale=1.0, num_samples=4, seed=None, guidance_scale=7.5, num_inference_steps=30, s_scale=1.0, shortcut=None)
+        assert names(cls.generate)[-1] == 'kwargs'
     assert names(separate.IPAdapterFaceID.__init__) == ['sd_pipe', 'ip_ckpt', 'device', 'num_tokens', 'n_cond', 'torch_dtype']
     for cls in (together.IPAdapterFaceID, separate.IPAdapterFaceID):
         p = inspect.signature(cls.generate).parameters

@@ -67,12 +67,14 @@ def differentiable_recogniser(
     model = Recognizer(); model.load_state_dict(torch.load(file, weights_only=True)); model.eval().requires_grad_(False)
     return lambda pictures, landmarks: model(align_crops(pictures/2 + .5, landmarks)*2 - 1)
 
-def train_tiny(parts, out, sd=None, recogniser=None, pack=None, **settings):
-    "Generator of figures: train the tiny FaceID adapter on the parts in a folder."
+def train_tiny(parts, out, sd=None, recogniser=None, pack=None, init=None, **settings):
+    "Generator of figures: train the tiny FaceID adapter on the parts in a folder, from nothing or from the file `init`."
+    from faceid_nb.adapter import FaceIDAdapter
     from faceid_nb.train import load_base
     pipe = load_base(str(sd or Path(parts)/'sd')); table = training_table(parts, pipe.tokenizer, settings.pop('held', 64)); pipe.set_progress_bar_config(disable=True)
     if recogniser: settings['identity'] = differentiable_recogniser(recogniser)
     if pack: settings['watch'] = Probe(pack)
+    if init: settings['adapter'] = FaceIDAdapter.from_file(init).to(torch.float32)
     yield from train(pipe, table, out, **{**SETTINGS, **settings})
 
 # %% ../../nbs/tiny/adapters.ipynb #bac6306a
@@ -298,7 +300,7 @@ def arguments(argv=None):
     "The command line."
     a = argparse.ArgumentParser(prog='python -m faceid_nb.tiny.adapters', description='Train and evaluate the adapter of the tiny pack.'); sub = a.add_subparsers(dest='what', required=True)
     t = sub.add_parser('train', help='the adapter, by the loop of faceid_nb.train'); t.add_argument('--parts', required=True, help='folder with photos.pt, latents.pt, embeds.pt and sd/'); t.add_argument('--out', required=True)
-    t.add_argument('--sd', help='pipeline folder; PARTS/sd by default'); t.add_argument('--minutes', type=float); t.add_argument('--steps', type=int); t.add_argument('--resume', action='store_true')
+    t.add_argument('--sd', help='pipeline folder; PARTS/sd by default'); t.add_argument('--init', help='a checkpoint to go on from'); t.add_argument('--minutes', type=float); t.add_argument('--steps', type=int); t.add_argument('--resume', action='store_true')
     for k, v in SETTINGS.items(): t.add_argument(f"--{k.replace('_', '-')}", type=type(v), default=v)
     t.add_argument('--num-tokens', type=int, default=4); t.add_argument('--seed', type=int, default=0); t.add_argument('--recogniser', help='rec.pt: adds the identity loss'); t.add_argument('--identity-weight', type=float, default=.1); t.add_argument('--identity-below', type=int, default=300, help='noise steps'); t.add_argument('--identity-rows', type=int, default=8); t.add_argument('--pack', help='folder with models/: likeness of held-out people is measured on the way'); t.add_argument('--gauge-every', type=int, default=200)
     e = sub.add_parser('evaluate', help='likeness and prompt adherence over scale'); e.add_argument('--model', default='tiny-faceid'); e.add_argument('--people', type=int, default=32); e.add_argument('--each', type=int, default=4)
@@ -334,7 +336,7 @@ def main(argv=None):
             save_reader(f['reader'], Path(a.out)/'reader.safetensors')
         else:
             Path(a.out).mkdir(parents=True, exist_ok=True); settings = {k: getattr(a, k) for k in (*SETTINGS, 'minutes', 'steps', 'resume', 'num_tokens', 'seed', 'identity_weight', 'identity_below', 'identity_rows', 'gauge_every')}
-            for f in train_tiny(a.parts, a.out, a.sd, a.recogniser, a.pack, **settings): print(line(f), flush=True)
+            for f in train_tiny(a.parts, a.out, a.sd, a.recogniser, a.pack, a.init, **settings): print(line(f), flush=True)
     except FaceIDError as e: print(f'{type(e).__name__}: {e}', file=sys.stderr); return e.exit_code
     return 0
 
