@@ -236,7 +236,7 @@ class FaceID:
         scale=1.0,           # weight of the identity: a number, or one a face or a picture
         s_scale=1.0,         # PlusV2: weight of the structure, likewise
         num_inference_steps=30, guidance_scale=7.5, negative_prompt=None,
-        structure=None,      # Plus: whose face the structure is read from, one or one a face; None: the person's own photograph
+        structure=None,      # Plus: whose face the structure is read from, one or one a face (photographs, `Face`s, or the encoder's states (n, L, c)); None: the person's own photograph
         which='largest',     # which face of a photograph
         batch_size=None,     # rows at a time; the pictures do not depend on it
         on_step=None,        # called with a `Step` after each step
@@ -262,9 +262,9 @@ class FaceID:
             if structure is not None: raise ArgumentError('There is no structure to give', f'The variant {self.adapter.variant} reads the embedding only', 'Use a Plus or PlusV2 model')
             return None
         if self.encoder is None: raise ArgumentError(f'The variant {self.adapter.variant} also reads the picture of the face', 'This FaceID has no image encoder', 'Pass encoder=StructureEncoder.from_pretrained(...)')
-        seen = find_crops(people if structure is None else structure, self.reader, which); n = 1 + max(r.person for r in rows)
-        if len(seen) not in (1, n): raise ArgumentError(f'{len(seen)} structures for {n} faces', '', 'Give one, or one for each face')
-        states = self.encoder(seen)
+        states = structure.float() if torch.is_tensor(structure) and structure.ndim == 3 else self.encoder(find_crops(people if structure is None else structure, self.reader, which))
+        n = 1 + max(r.person for r in rows)
+        if len(states) not in (1, n): raise ArgumentError(f'{len(states)} structures for {n} faces', '', 'Give one, or one for each face')
         for r in rows: r.structure = states[r.person % len(states)]
         return self.encoder.nobody()
     def stream(self, face, prompt=None, **arguments):

@@ -8,6 +8,7 @@ __all__ = ['StructureEncoder']
 # %% ../nbs/09_plus.ipynb #1e19106d
 from pathlib import Path
 import torch
+import torch.nn.functional as F
 from .errors import ArgumentError, BaseModelError, WeightsMissingError
 
 # %% ../nbs/09_plus.ipynb #52e31b3b
@@ -35,6 +36,14 @@ class StructureEncoder:
     ):
         "As CLIP wants them: (n, 3, size, size), normalised"
         return self.processor(images=list(images), return_tensors='pt').pixel_values
+    def normalised(self,
+        crops,  # (n, 3, h, w) uint8
+    ):
+        "The same for tensors, where many are read in a training: (n, 3, size, size)"
+        p, size = next(self.model.parameters()), self.model.config.image_size; x = crops.to(p.device).float()
+        if x.shape[-1] != size: x = F.interpolate(x, (size, size), mode='bicubic', antialias=True).clamp(0, 255)
+        mean, sd = (torch.tensor(v, device=p.device).view(1, 3, 1, 1) for v in (self.processor.image_mean, self.processor.image_std))
+        return (x/255 - mean)/sd
     @torch.no_grad()
     def states(self, pixels):
         "Second-to-last hidden states, (n, L, width) float32"

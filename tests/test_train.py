@@ -264,3 +264,63 @@ def test_command_says_what_is_wrong(tmp_path, capsys):
     (tmp_path/'p').mkdir(); Image.new('RGB', (8, 8)).save(tmp_path/'p'/'a.png')
     assert T.main(['--base', str(tmp_path/'nowhere'), '--data', str(tmp_path), '--out', str(tmp_path/'out'), '--steps', '1']) in (1, 2) and 'nowhere' in capsys.readouterr().err
     assert not (tmp_path/'out').exists()
+
+# --- Plus and Portrait
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=20), st.integers(1, 6), st.integers(0, 2**31))
+def test_several_partners_are_others_and_differ_where_they_can(person, k, seed):
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); groups = T.Groups(person)
+    person = torch.tensor(person); i = torch.arange(len(person)); j = groups.partners(i, torch.rand(len(i), generator=torch.Generator().manual_seed(seed)), k)
+    assert j.shape == (len(i), k) and (person[j] == person[:, None]).all()
+    for row, me in zip(j.tolist(), i.tolist()):
+        others = int((person == person[me]).sum()) - 1
+        assert (me not in row) == (others > 0) and len(set(row)) == max(1, min(k, others))
+
+@pytest.fixture(scope='module')
+def encoder():
+    import goldens_build as gold
+    from faceid_nb.plus import StructureEncoder
+    return StructureEncoder(gold.image_encoder())
+
+def more(table, **kw):
+    return T.LatentTable(table.latents, table.ids, table.embeds, table.groups.group, table.boxes, table.landmarks, held=4, **kw)
+
+@pytest.mark.parametrize('variant', ['plus', 'plusv2'])
+def test_plus_learns_from_the_picture_too(pipe, table, encoder, tmp_path, variant):
+    data = more(table, crops=torch.randint(0, 256, (36, 3, 56, 56), generator=torch.Generator().manual_seed(2)).byte())
+    adapter = FaceIDAdapter.new(pipe.unet, variant, rank=4, clip_embeddings_dim=96); start = {k: p.detach().clone() for k, p in adapter.net.named_parameters()}
+    figures = run(pipe, data, out=tmp_path, steps=3, adapter=adapter, encoder=encoder, structure_drop=.4)
+    assert np.isfinite([f['loss'] for f in figures]).all() and {'right', 'wrong', 'none'} <= set(figures[-1])
+    moved = {k for k, p in figures[-1]['adapter'].net.named_parameters() if not torch.equal(p, start[k])}
+    assert {k for k in start if 'perceiver_resampler' in k and 'weight' in k} <= moved
+    assert not any(p.requires_grad for p in encoder.model.parameters())
+    c = read_checkpoint(tmp_path/f'{T.STEM}.safetensors'); assert c.variant == variant and c.lora_rank == 4
+
+def test_where_structure_is_dropped_the_crop_does_not_matter(pipe, table, encoder):
+    crops = torch.randint(0, 256, (36, 3, 56, 56), generator=torch.Generator().manual_seed(2)).byte()
+    losses = lambda variant, crops, drop: [f['loss'] for f in run(pipe, more(table, crops=crops), steps=2, variant=variant, encoder=encoder, structure_drop=drop, gauge=0)]
+    for variant in ('plus', 'plusv2'):
+        assert losses(variant, crops, .999) == losses(variant, 255 - crops, .999)
+        assert losses(variant, crops, 0.) != losses(variant, 255 - crops, 0.)
+
+def test_plus_without_an_encoder_is_refused(pipe, table):
+    processors = dict(pipe.unet.attn_processors)
+    with pytest.raises(ArgumentError, match='no image encoder'): next(T.train(pipe, table, steps=1, variant='plusv2', **SMALL))
+    assert pipe.unet.attn_processors == processors
+
+def test_portrait_learns_from_several_photographs(pipe, table, tmp_path):
+    data = more(table, several=2); i = torch.tensor([0, 5]); b = data[i, torch.tensor([[0., 0.], [.9, 0.]])]
+    assert b['embeds'].shape == (2, 2, 512) and all(not torch.allclose(b['embeds'][r, j], b['own'][r]) for r in (0, 1) for j in (0, 1)) and not torch.allclose(b['embeds'][0, 0], b['embeds'][0, 1])
+    figures = run(pipe, data, out=tmp_path, steps=2, variant='portrait', **{**SMALL, 'rank': 0, 'num_tokens': 16})
+    c = read_checkpoint(tmp_path/f'{T.STEM}.safetensors'); assert (c.variant, c.num_tokens, c.lora_rank) == ('portrait', 16, 0) and np.isfinite(figures[-1]['loss'])
+    assert not (tmp_path/f'{T.STEM}_lora.safetensors').exists()
+
+def test_crops_of_a_folder_are_aligned_faces(pipe, folder):
+    from faceid_nb.align import ARCFACE_TEMPLATE, norm_crop
+    from faceid_nb.face import read_image
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); data = T.PhotoFolder(folder, pipe.tokenizer, Reader(), 64, crops=True, several=2)
+    for face in data.faces: face['landmarks'] = torch.from_numpy(ARCFACE_TEMPLATE*np.float32(.5))
+    b = data[torch.tensor([4, 0]), torch.zeros(2, 2)]
+    assert b['crops'].shape == (2, 3, 224, 224) and b['embeds'].shape == (2, 2, 512)
+    assert np.array_equal(b['crops'][0].permute(1, 2, 0).numpy(), norm_crop(read_image(data.files[4]), data.faces[4]['landmarks'].numpy(), 224))
