@@ -319,7 +319,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/faceid_nb', 'doc_host': ''
                                    'faceid_nb.measure.threshold_at': ('measure.html#threshold_at', 'faceid_nb/measure.py'),
                                    'faceid_nb.measure.true_accept_rate': ('measure.html#true_accept_rate', 'faceid_nb/measure.py')},
             'faceid_nb.models': { 'faceid_nb.models.Model': ('models.html#model', 'faceid_nb/models.py'),
-                                  'faceid_nb.models._reason': ('models.html#_reason', 'faceid_nb/models.py'),
+                                  'faceid_nb.models.check_sum': ('models.html#check_sum', 'faceid_nb/models.py'),
                                   'faceid_nb.models.choose_device': ('models.html#choose_device', 'faceid_nb/models.py'),
                                   'faceid_nb.models.find_file': ('models.html#find_file', 'faceid_nb/models.py'),
                                   'faceid_nb.models.is_sdxl': ('models.html#is_sdxl', 'faceid_nb/models.py'),

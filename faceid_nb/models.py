@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['TINY', 'HUB', 'CARD_NEGATIVE', 'TERMS', 'SD15', 'SDXL', 'VIT_H', 'MODELS', 'DDIM', 'Model', 'choose_device',
-           'tell_licence', 'missing', 'find_file', 'no_bars', 'is_sdxl', 'load_pipeline', 'load']
+           'tell_licence', 'missing', 'check_sum', 'find_file', 'no_bars', 'is_sdxl', 'load_pipeline', 'load']
 
 # %% ../nbs/07_models.ipynb #149740f0
-import sys, warnings
+import errno, hashlib, re, sys, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 import faceid_nb
-from .errors import ArgumentError, BaseModelError, WeightsMissingError
+from .errors import ArgumentError, BaseModelError, CheckpointError, WeightsMissingError
 
 # %% ../nbs/07_models.ipynb #33aac905
 TINY = Path(faceid_nb.__file__).parent / 'weights' / 'tiny'  # the pack that comes with this package
@@ -72,26 +72,40 @@ def tell_licence(model):
     _told.add(model.licence)
     print(f'{model.name}: {model.licence}', file=sys.stderr)
 
-def missing(what, repo, found, offline=True):
-    "The error for a file or repository of the hub that is not here."
-    do = (f'Connect once and load it again, or download it from https://huggingface.co/{repo} elsewhere and pass folder= or base=' if offline else
-          f'Allow download=True, or download it from https://huggingface.co/{repo} and pass folder= or base=') + "; the tiny models need no download: load('tiny-faceid')"
-    return WeightsMissingError(f'{what} is not on this machine', found, do)
+def missing(what, repo, e, download=True, looked=''):
+    "The error for a file or repository of the hub that could not be had because of `e`."
+    name, text = type(e).__name__, str(e).strip().splitlines()[0] if str(e).strip() else ''
+    carry = f'download it from https://huggingface.co/{repo} elsewhere and pass folder= or base='
+    if not download: found, do = 'not in the cache, and download=False', f'Allow download=True, or {carry}'
+    elif name == 'GatedRepoError' or '401' in text or '403' in text: found, do = 'the hub asks who you are, or whether you accept its terms', f'Accept them at https://huggingface.co/{repo} and log in (`hf auth login`, or HF_TOKEN in the environment)'
+    elif isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): found, do = f'the disk does not take it: {e.strerror}', 'Make room, or put the cache elsewhere with cache_dir= or HF_HOME'
+    elif name in ('LocalEntryNotFoundError', 'OfflineModeIsEnabled', 'ConnectionError', 'ConnectError', 'ConnectTimeout'): found, do = 'not in the cache, and the hub cannot be reached', f'Connect once and load it again, or {carry}'
+    elif name in ('EntryNotFoundError', 'RemoteEntryNotFoundError', 'RepositoryNotFoundError', 'RevisionNotFoundError'): found, do = f'the hub does not have it ({name})', f'Look at https://huggingface.co/{repo} whether it was renamed, and pass folder= or base='
+    else: found, do = f'{name}: {text[:160]}', f'Load it again (what has arrived is kept), or {carry}'
+    return WeightsMissingError(f'{what} is not on this machine', '; '.join(filter(None, (looked, found))), f"{do}; the tiny models need no download: load('tiny-faceid')")
+
+def check_sum(
+    path,  # in the hub's cache, where a large file is stored under its SHA-256
+):
+    "Remove a file whose contents are not what its name in the cache says. Raises `CheckpointError`."
+    blob = Path(path).resolve()
+    if not re.fullmatch('[0-9a-f]{64}', blob.name): return path
+    with open(blob, 'rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read()).hexdigest()
+    if found == blob.name: return path
+    Path(path).unlink(); blob.unlink(missing_ok=True)
+    raise CheckpointError(f'{Path(path).name} did not arrive as it was sent', f'its SHA-256 begins with {found[:12]}, the hub says {blob.name[:12]}; it was removed from the cache', 'Load it again')
 
 def find_file(file, repo=None, folder=None, cache_dir=None, download=True) -> Path:
-    "The path of a checkpoint or LoRA file. Raises `WeightsMissingError`."
+    "The path of a checkpoint or LoRA file. Raises `WeightsMissingError`, and `CheckpointError` for a damaged download."
     if folder is not None and (Path(folder) / file).exists(): return Path(folder) / file
     if repo is None:
         if folder is None and (TINY / file).exists(): return TINY / file
         raise WeightsMissingError(f'{file} is not in the tiny pack', 'The installation is incomplete' if folder is None else f'{folder} does not hold it', 'Install the package again, or train the pack: see nbs/tiny')
-    from huggingface_hub import hf_hub_download
-    try: return Path(hf_hub_download(repo, file, cache_dir=cache_dir, local_files_only=not download))
-    except Exception as e: raise missing(file, repo, f'{folder or "No folder was named"}; {_reason(e, download)}', download) from e
-
-def _reason(e, download):
-    if not download: return 'not in the cache, and download=False'
-    text = f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'
-    return 'not in the cache, and the hub cannot be reached' if type(e).__name__ in ('LocalEntryNotFoundError', 'OfflineModeIsEnabled', 'ConnectionError', 'ConnectError', 'ConnectTimeout') else f'the hub answered {text[:160]}'
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    here = try_to_load_from_cache(repo, file, cache_dir=cache_dir)
+    try: path = hf_hub_download(repo, file, cache_dir=cache_dir, local_files_only=not download)
+    except Exception as e: raise missing(file, repo, e, download, folder and f'{folder} does not hold it') from e
+    return Path(path if here == path else check_sum(path))   # what was in the cache was checked when it came
 
 # %% ../nbs/07_models.ipynb #07f05220
 DDIM = dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False, set_alpha_to_one=False, steps_offset=1)  # of the model card
@@ -142,7 +156,7 @@ def load_pipeline(
         with no_bars(here): return make(str(base), torch_dtype=dtype, **parts, **hub)
     except Exception as e:
         if here and what == base: raise BaseModelError(f'{base} cannot be loaded as a {kind.__name__}', f'{type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ""}', 'Check the folder, or download it again') from e
-        raise missing(f'The {"VAE" if what == vae else "base model"} {what}', what, _reason(e, download), download) from e
+        raise missing(f'The {"VAE" if what == vae else "base model"} {what}', what, e, download) from e
 
 # %% ../nbs/07_models.ipynb #6d698377
 @no_bars(on=False)

@@ -9,7 +9,7 @@ __all__ = ['StructureEncoder']
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from .errors import ArgumentError, BaseModelError, WeightsMissingError
+from .errors import ArgumentError, BaseModelError
 
 # %% ../nbs/09_plus.ipynb #52e31b3b
 class StructureEncoder:
@@ -28,7 +28,8 @@ class StructureEncoder:
         try: return cls(CLIPVisionModelWithProjection.from_pretrained(path, cache_dir=cache_dir, local_files_only=not download or Path(path).exists()), device, dtype)
         except Exception as e:
             if Path(path).exists(): raise BaseModelError(f'{path} is not a CLIP vision model', f'{type(e).__name__}: {str(e).splitlines()[0][:160]}', 'Give the folder of an image encoder, such as laion/CLIP-ViT-H-14-laion2B-s32B-b79K') from e
-            raise WeightsMissingError(f'The image encoder {path} is not on this machine', f'{type(e).__name__}: {str(e).splitlines()[0][:160]}', 'Connect once, or pass the folder that holds it') from e
+            from faceid_nb.models import missing
+            raise missing(f'The image encoder {path}', path, e.__cause__ or e, download) from e
     @property
     def width(self): return self.model.config.hidden_size
     def pixels(self,
