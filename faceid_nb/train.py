@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'STEM', 'Groups', 'one_or_several', 'LatentTable', 'Draws', 'step_generator', 'photo_files', 'read_faces',
            'PhotoFolder', 'square', 'caption_ids', 'add_noise', 'target_and_weight', 'face_map', 'weighted_error',
-           'drop_out', 'MergedLoRA', 'Gauge', 'likeness_loss', 'Student', 'Prepared', 'Stepping', 'nothing',
+           'drop_out', 'MergedLoRA', 'Gauge', 'likeness_loss', 'Student', 'Prepared', 'Stepping', 'nothing', 'stem_of',
            'write_adapter', 'Trainer', 'train', 'load_base', 'arguments', 'line', 'main']
 
 # %% ../nbs/18_train.ipynb #6cff43e7
@@ -387,14 +387,16 @@ def nothing(): yield
 # %% ../nbs/18_train.ipynb #c09e3803
 STEM = 'ip-adapter-faceid_sd15'
 
+def stem_of(variant, base='sd15'): return f"ip-adapter-faceid{'' if variant == 'faceid' else f'-{variant}'}_{base}"
+
 def write_adapter(
     adapter, unet,
-    folder, stem=STEM,
+    folder, stem=None,  # of the files; None: the official one of the variant
     dtype=None,  # of the files; float16 halves them
 ):
     "Write `STEM.safetensors` with the LoRA inside, and the separate LoRA file `STEM_lora.safetensors`: their paths."
     state = {part: {k: v.detach().to(dtype or v.dtype) for k, v in tensors.items()} for part, tensors in adapter.state_dict().items()}
-    files = [save_checkpoint(state, Path(folder)/f'{stem}.safetensors', adapter.variant)]
+    stem = stem or stem_of(adapter.variant); files = [save_checkpoint(state, Path(folder)/f'{stem}.safetensors', adapter.variant)]
     lora = lora_from_checkpoint(state['ip_adapter'], [path for path, *_ in cross_attention_layers(unet)])
     return files + ([save_lora(lora, Path(folder)/f'{stem}_lora.safetensors')] if lora else [])
 

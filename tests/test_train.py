@@ -295,7 +295,7 @@ def test_plus_learns_from_the_picture_too(pipe, table, encoder, tmp_path, varian
     moved = {k for k, p in figures[-1]['adapter'].net.named_parameters() if not torch.equal(p, start[k])}
     assert {k for k in start if 'perceiver_resampler' in k and 'weight' in k} <= moved
     assert not any(p.requires_grad for p in encoder.model.parameters())
-    c = read_checkpoint(tmp_path/f'{T.STEM}.safetensors'); assert c.variant == variant and c.lora_rank == 4
+    c = read_checkpoint(tmp_path/f'ip-adapter-faceid-{variant}_sd15.safetensors'); assert c.variant == variant and c.lora_rank == 4
 
 def test_where_structure_is_dropped_the_crop_does_not_matter(pipe, table, encoder):
     crops = torch.randint(0, 256, (36, 3, 56, 56), generator=torch.Generator().manual_seed(2)).byte()
@@ -313,8 +313,8 @@ def test_portrait_learns_from_several_photographs(pipe, table, tmp_path):
     data = more(table, several=2); i = torch.tensor([0, 5]); b = data[i, torch.tensor([[0., 0.], [.9, 0.]])]
     assert b['embeds'].shape == (2, 2, 512) and all(not torch.allclose(b['embeds'][r, j], b['own'][r]) for r in (0, 1) for j in (0, 1)) and not torch.allclose(b['embeds'][0, 0], b['embeds'][0, 1])
     figures = run(pipe, data, out=tmp_path, steps=2, variant='portrait', **{**SMALL, 'rank': 0, 'num_tokens': 16})
-    c = read_checkpoint(tmp_path/f'{T.STEM}.safetensors'); assert (c.variant, c.num_tokens, c.lora_rank) == ('portrait', 16, 0) and np.isfinite(figures[-1]['loss'])
-    assert not (tmp_path/f'{T.STEM}_lora.safetensors').exists()
+    c = read_checkpoint(tmp_path/'ip-adapter-faceid-portrait_sd15.safetensors'); assert (c.variant, c.num_tokens, c.lora_rank) == ('portrait', 16, 0) and np.isfinite(figures[-1]['loss'])
+    assert not list(tmp_path.glob('*_lora.safetensors'))
 
 def test_crops_of_a_folder_are_aligned_faces(pipe, folder):
     from faceid_nb.align import ARCFACE_TEMPLATE, norm_crop
