@@ -66,6 +66,12 @@ def test_readme_has_two_commands_and_ci_runs_the_second():
     assert "grep -m1 -E '^python3 -m venv .*pytest$' README.md" in (ROOT/'.ci'/'run').read_text()
 
 
+def test_the_packs_files_name_no_folder_of_the_machine_that_made_them():
+    files = [f for f in (ROOT/'faceid_nb'/'weights').rglob('*') if f.suffix in ('.json', '.jsonl', '.md', '.txt')]
+    assert len(files) > 5
+    for f in files: assert not re.search(r'"/\w+/|(?:/home|/root|/work|/tmp|/Users)/', f.read_text(encoding='utf-8')), f.name
+
+
 # -- what is stored in a notebook
 
 @pytest.mark.parametrize('name', NOTEBOOKS)

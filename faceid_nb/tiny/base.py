@@ -260,6 +260,8 @@ def save_pipeline(
     bpe = json.loads((Path(out)/'tokenizer'/'tokenizer.json').read_text())['model']   # older transformers read these two files instead
     (Path(out)/'tokenizer'/'vocab.json').write_text(json.dumps(bpe['vocab'], ensure_ascii=False))
     (Path(out)/'tokenizer'/'merges.txt').write_text('\n'.join(['#version: 0.2', *(m if isinstance(m, str) else ' '.join(m) for m in bpe['merges'])]) + '\n')
+    for file in Path(out).glob('*/config.json'):    # diffusers notes where a part was loaded from; nobody else has that folder
+        config = json.loads(file.read_text()); config.pop('_name_or_path', None); file.write_text(json.dumps(config, indent=2) + '\n')
     return pipe
 
 # %% ../../nbs/tiny/base.ipynb #bd947ef7
