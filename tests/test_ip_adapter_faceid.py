@@ -44,6 +44,7 @@ def test_plus_goes_by_the_file_name_and_by_the_callers_word(files, encoder, name
     assert (torch.as_tensor(model.generate(*first, **call)) - want).abs().max() < gold.TOLERANCE                           # the file's name says which
     other = torch.as_tensor(model.generate(*first, **call, shortcut='v2' not in name))
     assert (other - want).abs().max() > 1e-2
+    assert model.adapter.net.image_proj.shortcut is model.shortcut                                                         # the adapter is as it was
     assert (torch.as_tensor(model.generate(*first, **call)) - want).abs().max() < gold.TOLERANCE                           # and the word is forgotten again
 
 
