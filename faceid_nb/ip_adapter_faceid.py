@@ -40,15 +40,18 @@ class IPAdapterFaceID:
         num_tokens=None,   # likewise
         torch_dtype=None,  # taken for compatibility: the adapter computes its few constants in float32 and gives them in the pipeline's own precision
     ):
-        self._attach(sd_pipe, ip_ckpt, device, lora_rank=lora_rank, num_tokens=num_tokens)
-    def _attach(self, pipe, path, device, n_cond=None, ignore_lora=False, variant=None, **given):
+        self._attach(sd_pipe, self._read(ip_ckpt, lora_rank=lora_rank, num_tokens=num_tokens), device)
+    def _read(self, path, variant=None, **given):
+        "The checkpoint, where this class can use it and it agrees with what the caller said."
         c = read_checkpoint(path, variant)
         if c.variant not in self.variants: raise VariantError(f'{type(self).__name__} cannot use this checkpoint', f'{path} is a {c.variant} checkpoint', 'Use the class for that variant')
         for name, value in given.items(): agree(name, value, getattr(c, name), path)
+        return c
+    def _attach(self, pipe, c, device, n_cond=None, ignore_lora=False):
         adapter = FaceIDAdapter.from_state(c.image_proj, c.ip_adapter, c.variant, {} if ignore_lora else None)
         self.pipe = pipe.to(device)
         self.adapter = adapter.attach(self.pipe)
-        self.device, self.ip_ckpt, self.num_tokens, self.lora_rank, self.n_cond = device, path, c.num_tokens, c.lora_rank, n_cond
+        self.device, self.ip_ckpt, self.num_tokens, self.lora_rank, self.n_cond = device, c.path, c.num_tokens, c.lora_rank, n_cond
     def get_image_embeds(self, faceid_embeds):
         "Identity tokens (n, tokens, width) and those of nobody, as the original returns them."
         e = torch.as_tensor(faceid_embeds, dtype=torch.float32)
@@ -93,12 +96,11 @@ class IPAdapterFaceIDPlus(IPAdapterFaceID):
         torch_dtype=None,    # of the image encoder; None: the pipeline's own
     ):
         self._attach_plus(sd_pipe, image_encoder_path, ip_ckpt, device, torch_dtype, lora_rank=lora_rank, num_tokens=num_tokens)
-    def _attach_plus(self, pipe, encoder, path, device, dtype, **given):
-        try: c = read_checkpoint(path)
-        except VariantError: c = read_checkpoint(path, 'plusv2' if self.shortcut else 'plus')    # its name does not say
+    def _attach_plus(self, pipe, encoder, path, device, dtype, ignore_lora=False, **given):
+        try: c = self._read(path, **given)
+        except VariantError: c = self._read(path, 'plusv2' if self.shortcut else 'plus', **given)    # its name does not say
         if not isinstance(encoder, StructureEncoder): encoder = StructureEncoder.from_pretrained(encoder, device, dtype or pipe.unet.dtype)
-        if c.variant in self.variants: encoder.check(c.image_proj['perceiver_resampler.proj_in.weight'].shape[1])
-        self._attach(pipe, path, device, variant=c.variant, **given)
+        encoder.check(c.image_proj['perceiver_resampler.proj_in.weight'].shape[1]); self._attach(pipe, c, device, ignore_lora=ignore_lora)
         self.image_encoder, self.shortcut = encoder, c.variant == 'plusv2'
     def get_image_embeds(self, faceid_embeds, face_image, s_scale=1.0, shortcut=None):
         "Identity tokens (n, tokens, width) and those of nobody, as the original returns them."

@@ -22,7 +22,7 @@ class IPAdapterFaceID(together.IPAdapterFaceID):
         n_cond=None,       # Portrait: photographs of one person; None: as many as are given
         torch_dtype=None,  # taken for compatibility, see the other class
     ):
-        self._attach(sd_pipe, ip_ckpt, device, n_cond=n_cond, ignore_lora=True, num_tokens=num_tokens)
+        self._attach(sd_pipe, self._read(ip_ckpt, num_tokens=num_tokens), device, n_cond=n_cond, ignore_lora=True)
     def generate(self, faceid_embeds=None, prompt=None, negative_prompt=None, scale=1.0, num_samples=4, seed=None, guidance_scale=7.5, num_inference_steps=30, **kwargs):
         "As in the other module; embeddings (n, 512), or (n, n_cond, 512) for Portrait."
         if faceid_embeds is not None and self.n_cond is not None:

@@ -9,7 +9,7 @@ __all__ = ['StructureEncoder']
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from .errors import ArgumentError, BaseModelError
+from .errors import BaseModelError
 
 # %% ../nbs/09_plus.ipynb #52e31b3b
 class StructureEncoder:
@@ -19,7 +19,7 @@ class StructureEncoder:
         device=None, dtype=None,
     ):
         from transformers import CLIPImageProcessor
-        size = model.config.image_size; self.model = model.to(device, dtype).eval().requires_grad_(False)
+        size = model.config.image_size; self.model, self._nobody = model.to(device, dtype).eval().requires_grad_(False), None
         self.processor = CLIPImageProcessor(size={'shortest_edge': size}, crop_size={'height': size, 'width': size})
     @classmethod
     def from_pretrained(cls, path, device=None, dtype=None, cache_dir=None, download=True):
@@ -53,8 +53,8 @@ class StructureEncoder:
     def __call__(self, images): return self.states(self.pixels(images))
     def nobody(self):
         "States of an all-zero pixel tensor, (1, L, width): what the unconditional rows read in the original."
-        size = self.model.config.image_size
-        return self.states(torch.zeros(1, 3, size, size))
+        if self._nobody is None: self._nobody = self.states(torch.zeros(1, 3, *[self.model.config.image_size]*2))
+        return self._nobody
     def check(self, wanted):
         "Raise BaseModelError where the checkpoint was trained with another encoder."
         if self.width == wanted: return self

@@ -191,3 +191,12 @@ def test_card_import_names():
 def test_image_embeds(model):
     tokens, nobody = model.get_image_embeds(torch.eye(512)[:2])
     assert tokens.shape == nobody.shape == (2, 4, 64) and not torch.equal(tokens, nobody)
+
+
+def test_plus_reads_its_file_once_and_the_cheap_checks_come_first(files, encoder, monkeypatch):
+    reads = []; read = together.read_checkpoint
+    monkeypatch.setattr(together, 'read_checkpoint', lambda *a: reads.append(a) or read(*a))
+    together.IPAdapterFaceIDPlus(gold.pipeline('sd'), str(encoder), files('ip-adapter-faceid-plusv2_sd15.bin'), 'cpu'); assert len(reads) == 1
+    monkeypatch.setattr(StructureEncoder, 'from_pretrained', lambda *a, **k: pytest.fail('the encoder was loaded'))
+    with pytest.raises(ArgumentError, match='contradicts'): together.IPAdapterFaceIDPlus(gold.pipeline('sd'), str(encoder), files('ip-adapter-faceid-plusv2_sd15.bin'), 'cpu', lora_rank=128)
+    with pytest.raises(VariantError): together.IPAdapterFaceIDPlus(gold.pipeline('sd'), str(encoder), files('ip-adapter-faceid_sd15.bin'), 'cpu')

@@ -83,6 +83,16 @@ def test_a_pipeline_is_trained_and_saved(photos, tmp_path, monkeypatch):
     assert images.shape == (2, 3, 64, 64) and images.isfinite().all()
 
 
+def test_training_goes_on_from_a_pipeline(photos, tmp_path):
+    vae = B.start_from_components(B.new_autoencoder(), photos['images'].float()/127.5 - 1); vae.save_pretrained(tmp_path/'vae'); tokenizer = B.new_tokenizer(); data = B.prepare(photos, vae, tokenizer)
+    def train(out, **more): (tmp_path/out).mkdir(); list(B.train_diffusion(data, tokenizer, tmp_path/out, minutes=None, steps=1, batch=4, **more)); return {part: torch.cat([p.flatten() for p in cls.from_pretrained(tmp_path/out/part).parameters()]) for part, cls in KINDS.items()}
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
+    KINDS = dict(unet=UNet2DConditionModel, text_encoder=CLIPTextModel)
+    first = train('first', seed=1); again, fresh = train('again', seed=2, init=tmp_path/'first', lr=1e-9), train('fresh', seed=2, lr=1e-9)
+    for part in KINDS: assert (again[part] - first[part]).abs().max() < 1e-5 < (fresh[part] - first[part]).abs().max()
+
+
 needs_pack = pytest.mark.skipif(not (TINY/'sd').exists(), reason='the tiny pack is not trained yet')
 
 

@@ -271,7 +271,7 @@ def test_command_says_what_is_wrong(tmp_path, capsys):
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=20), st.integers(1, 6), st.integers(0, 2**31))
 def test_several_partners_are_others_and_differ_where_they_can(person, k, seed):
     with warnings.catch_warnings(): warnings.simplefilter('ignore'); groups = T.Groups(person)
-    person = torch.tensor(person); i = torch.arange(len(person)); j = groups.partners(i, torch.rand(len(i), generator=torch.Generator().manual_seed(seed)), k)
+    person = torch.tensor(person); i = torch.arange(len(person)); j = groups.partner(i, torch.rand(len(i), generator=torch.Generator().manual_seed(seed)), k)
     assert j.shape == (len(i), k) and (person[j] == person[:, None]).all()
     for row, me in zip(j.tolist(), i.tolist()):
         others = int((person == person[me]).sum()) - 1

@@ -111,3 +111,9 @@ def test_pixels_are_what_clip_asks_for():
     mean, sd = np.array([.48145466, .4578275, .40821073]), np.array([.26862954, .26130258, .27577711])
     assert np.allclose(e.pixels([red])[0, :, 100, 100].numpy(), (np.array([1., 0, 0]) - mean)/sd, atol=1e-4)
     assert e([red, red]).shape == (2, 17, 96) and e.nobody().shape == (1, 17, 96)
+
+
+def test_nobody_is_looked_at_once(monkeypatch):
+    e = StructureEncoder(gold.image_encoder()); looked = []; states = StructureEncoder.states
+    monkeypatch.setattr(StructureEncoder, 'states', lambda self, x: looked.append(1) or states(self, x))
+    assert torch.equal(e.nobody(), e.nobody()) and len(looked) == 1

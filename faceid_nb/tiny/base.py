@@ -222,7 +222,7 @@ def train_diffusion(
     tokenizer, out,  # folder: `out/unet` and `out/text_encoder` are written when done
     minutes=60, batch=64, lr=1e-3, device='cpu', seed=0, face=2.5,
     init=None,       # a pipeline's folder: go on from its UNet and text encoder instead of from noise
-    compiled=False,  # compile the UNet: two minutes first, then a fifth faster
+    compiled=False,  # compile the UNet: slow to start, then about a fifth faster on two cores
     **fit_arguments,
 ):
     "Generator of figures; trains text encoder and UNet together on captions, a tenth of them empty."
