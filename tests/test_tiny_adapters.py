@@ -94,6 +94,22 @@ def test_train_command(photos, tmp_path, capsys):
     log = [json.loads(l) for l in (tmp_path/'out'/'log.jsonl').read_text().splitlines()]
     assert f['step'] == 2 and log[-1]['step'] == 2 and {'right', 'wrong', 'none'} <= set(log[-1]) and (tmp_path/'out'/'ip-adapter-faceid_sd15_lora.safetensors').exists()
 
+def test_training_goes_on_from_a_checkpoint(photos, tmp_path):
+    parts(tmp_path, photos); P.pipeline().save_pretrained(tmp_path/'sd'); from faceid_nb.checkpoint import read_checkpoint
+    train = lambda out, **more: list(A.train_tiny(tmp_path, tmp_path/out, steps=1, batch=4, rank=4, held=2, mixed_precision='no', **more)) and read_checkpoint(tmp_path/out/'ip-adapter-faceid_sd15.safetensors').ip_adapter['1.to_q_lora.down.weight']
+    first = train('first', seed=1); file = tmp_path/'first'/'ip-adapter-faceid_sd15.safetensors'
+    assert (train('again', seed=2, init=file, lr=1e-9) - first).abs().max() < 1e-5 < (train('fresh', seed=2, lr=1e-9) - first).abs().max()
+
+@pytest.mark.parametrize('variant, more', [('plusv2', dict(rank=4)), ('portrait', dict(rank=0, num_tokens=16, several=3))])
+def test_other_variants_train_on_the_same_parts(photos, tmp_path, variant, more):
+    import goldens_build as gold
+    rows = parts(tmp_path, photos); P.pipeline().save_pretrained(tmp_path/'sd'); gold.image_encoder().save_pretrained(tmp_path/'eye')
+    if 'plus' in variant: more = more | dict(encoder=tmp_path/'eye')
+    for f in A.train_tiny(tmp_path, tmp_path/'out', steps=2, batch=4, held=2, mixed_precision='no', variant=variant, **more): pass
+    assert f['adapter'].variant == variant and (tmp_path/'out'/f'ip-adapter-faceid-{variant}_sd15.safetensors').exists()
+    t = A.training_table(tmp_path, P.pipeline().tokenizer, held=2, crops=True, several=3); i = t.groups.rows[:3]; b = t[i, torch.rand(3, 2)]
+    assert b['embeds'].shape == (3, 3, 512) and torch.equal(b['crops'], A.aligned(photos)[i])
+
 def test_commands_say_what_is_missing(tmp_path, capsys):
     assert A.main(['evaluate', '--folder', str(tmp_path)]) == 1 and 'reader' in capsys.readouterr().err
     assert A.main(['train', '--parts', str(tmp_path), '--out', str(tmp_path/'o'), '--steps', '1']) == 1 and 'base model' in capsys.readouterr().err
