@@ -77,7 +77,7 @@ def missing(what, repo, e, download=True, looked=''):
     name, text = type(e).__name__, str(e).strip().splitlines()[0] if str(e).strip() else ''
     carry = f'download it from https://huggingface.co/{repo} elsewhere and pass folder= or base='
     if not download: found, do = 'not in the cache, and download=False', f'Allow download=True, or {carry}'
-    elif name == 'GatedRepoError' or re.search(r'\b40[13] Client Error', text): found, do = 'the hub asks who you are, or whether you accept its terms', f'Accept them at https://huggingface.co/{repo} and log in (`hf auth login`, or HF_TOKEN in the environment)'
+    elif name == 'GatedRepoError' or getattr(getattr(e, 'response', None), 'status_code', None) in (401, 403): found, do = 'the hub asks who you are, or whether you accept its terms', f'Accept them at https://huggingface.co/{repo} and log in (`hf auth login`, or HF_TOKEN in the environment)'
     elif isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): found, do = f'the disk does not take it: {e.strerror}', 'Make room, or put the cache elsewhere with cache_dir= or HF_HOME'
     elif name in ('LocalEntryNotFoundError', 'OfflineModeIsEnabled', 'ConnectionError', 'ConnectError', 'ConnectTimeout'): found, do = 'not in the cache, and the hub cannot be reached', f'Connect once and load it again, or {carry}'
     elif name in ('EntryNotFoundError', 'RemoteEntryNotFoundError', 'RepositoryNotFoundError', 'RevisionNotFoundError'): found, do = f'the hub does not have it ({name})', f'Look at https://huggingface.co/{repo} whether it was renamed, and pass folder= or base='
