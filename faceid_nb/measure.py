@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['JUDGES', 'find_judge', 'embed_faces', 'embed_reference', 'identity_similarity', 'detection_rate', 'similarity_matrix',
-           'split_pairs', 'rank_one', 'threshold_at', 'true_accept_rate', 'mean_interval', 'share_interval']
+           'split_pairs', 'rank_one', 'threshold_at', 'true_accept_rate', 'mean_interval', 'share_interval',
+           'aligned_landmarks', 'structure_distance']
 
 # %% ../nbs/13_measure.ipynb #a0ba49e6
 import os
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import ArgumentError, PackMissingError
+from .align import crop_template, similarity_transform, transform_points
 from .face import Embedder, Face, FaceReader, choose_face, read_image
 
 # %% ../nbs/13_measure.ipynb #f086ad95
@@ -172,3 +174,24 @@ def share_interval(
     if not n: return (float('nan'),)*3
     p = h.mean(); middle, half = (p + z*z/(2*n))/(1 + z*z/n), z/(1 + z*z/n)*np.sqrt(p*(1 - p)/n + z*z/(4*n*n))
     return float(p), float(max(0., middle - half)), float(min(1., middle + half))
+
+# %% ../nbs/13_measure.ipynb #53b9500b
+def aligned_landmarks(face) -> np.ndarray:  # (5, 2), the distance of the template's eyes is 1
+    "Landmarks of a `Face`, moved by the similarity that aligns its crop: what is left is pose, expression and build."
+    template = crop_template(112); return transform_points(face.landmarks, similarity_transform(face.landmarks, template))/np.linalg.norm(template[1] - template[0])
+
+def structure_distance(
+    reference,        # the face whose structure is asked for: a `Face` or a photograph
+    images,           # n pictures to be measured, anything that `read_image` takes
+    reader=None,      # `FaceReader` that finds the faces; None: the reference's own pack, 'tiny' for a plain photograph
+    which='largest',  # which face counts in a picture with several
+) -> np.ndarray:  # float64 (n,), nan where no face was found
+    "Root mean square distance of five landmarks after alignment, in distances of the eyes."
+    if isinstance(images, (str, bytes, os.PathLike, Image.Image, Face)) or (isinstance(images, np.ndarray) and images.ndim < 4): images = [images]
+    reader, _ = _resolve(reader, False, reference if isinstance(reference, Face) else None)
+    def points(image):
+        if isinstance(image, Face): return aligned_landmarks(image)
+        pixels = read_image(image); boxes, landmarks, _ = reader.detector.detect(pixels)
+        return aligned_landmarks(choose_face([Face(None, l, b[:4], image=pixels, found=len(boxes)) for b, l in zip(boxes, landmarks)], which)) if len(boxes) else np.full((5, 2), np.nan)
+    goal = aligned_landmarks(reference if isinstance(reference, Face) else reader.best(reference, which))
+    return np.array([np.sqrt(np.square(points(i) - goal).sum(1).mean()) for i in images])

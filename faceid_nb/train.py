@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'Groups', 'LatentTable', 'Draws', 'step_generator', 'photo_files', 'read_faces', 'PhotoFolder', 'square',
            'caption_ids', 'add_noise', 'target_and_weight', 'face_map', 'weighted_error', 'drop_out', 'MergedLoRA',
-           'Gauge', 'likeness_loss', 'Student', 'Prepared', 'Stepping', 'nothing', 'stem_of', 'write_adapter',
-           'Trainer', 'train', 'load_base', 'arguments', 'line', 'main']
+           'Gauge', 'likeness_loss', 'grow', 'has_bf16', 'encode_sdxl', 'Student', 'Prepared', 'Stepping', 'nothing',
+           'stem_of', 'write_adapter', 'Trainer', 'train', 'load_base', 'arguments', 'line', 'main']
 
 # %% ../nbs/18_train.ipynb #6cff43e7
 import argparse, itertools, json, math, os, sys, time, warnings
@@ -279,28 +279,102 @@ def likeness_loss(
     pictures = vae.decode(z.to(vae.dtype)/vae.config.scaling_factor).sample.float().clamp(-1.2, 1.2)
     return (1 - F.cosine_similarity(recogniser(pictures, batch['landmarks'][i]*pictures.shape[-1]).float(), batch['own'][i], dim=-1)).mean()
 
+# %% ../nbs/18_train.ipynb #741c6540
+def _corner(t, like):
+    "`t` in the leading corner of zeros shaped as `like`."
+    out = torch.zeros_like(like); out[tuple(slice(n) for n in t.shape)] = t; return out
+
+def _cut(down, up, like):  # (r, in), (out, r), a LoRA's `down` of the wanted rank and width
+    "The nearest LoRA of another rank, and of wider input."
+    u, s, v = torch.linalg.svd(up.float() @ down.float(), full_matrices=False); k = min(len(like), len(s)); root = s[:k].sqrt()
+    return _corner(root[:, None]*v[:k], like), torch.cat([u[:, :k]*root, u.new_zeros(len(u), len(like) - k)], 1)
+
+def grow(
+    known, known_unet,     # a trained `FaceIDAdapter`, and the UNet it is for
+    unet, variant='plusv2', num_tokens=4, rank=16, seed=0, clip_embeddings_dim=1280,  # as for `FaceIDAdapter.new`
+):
+    "A fresh adapter, perhaps of another variant and for a wider UNet, that knows what `known` knows."
+    fresh, old = (a.state_dict() for a in (FaceIDAdapter.new(unet, variant, num_tokens, rank, seed, clip_embeddings_dim), known))
+    new, was = fresh['image_proj'], {k: v.float() for k, v in old['image_proj'].items()}; d, d0 = len(new['norm.weight']), len(was['norm.weight']); g = torch.Generator().manual_seed(seed)
+    for half in ('weight', 'bias'):
+        new[f'proj.0.{half}'], new[f'norm.{half}'] = was[f'proj.0.{half}'], _corner(was[f'norm.{half}'], new[f'norm.{half}'])*((d0/d)**.5 if half == 'weight' else 1)   # a norm over more numbers
+        rows = was[f'proj.2.{half}'].unflatten(0, (-1, d0)); rows = rows.repeat(-(-num_tokens//len(rows)), *[1]*(rows.ndim - 1))[:num_tokens]
+        rows = rows*(1 + .02*torch.randn(len(rows), *[1]*(rows.ndim - 1), generator=g))     # or the repeated ones would stay alike for ever
+        new[f'proj.2.{half}'] = _corner(rows, new[f'proj.2.{half}'].unflatten(0, (-1, d))).flatten(0, 1)
+    new['norm.weight'][d0:] = 1
+    if 'plus' in variant: new.update(_wider(was, new) if 'plus' in known.variant else _quiet(new, variant == 'plus'))
+    layers, before = fresh['ip_adapter'], {k: v.float() for k, v in old['ip_adapter'].items()}; number = {path: i for i, (path, *_) in enumerate(cross_attention_layers(known_unet))}
+    for i, (path, _, cross) in enumerate(cross_attention_layers(unet)):
+        j = number.get(path)
+        for part in ('to_q', 'to_k', 'to_v', 'to_out') if rank and f'{j}.to_q_lora.up.weight' in before else ():
+            layers[f'{i}.{part}_lora.down.weight'], layers[f'{i}.{part}_lora.up.weight'] = _cut(before[f'{j}.{part}_lora.down.weight'], before[f'{j}.{part}_lora.up.weight'], layers[f'{i}.{part}_lora.down.weight'])
+        for part in ('to_k_ip', 'to_v_ip') if cross else ():
+            if j is not None: layers[f'{i}.{part}.weight'][:, :d0] = before[f'{j}.{part}.weight']
+            elif part == 'to_v_ip': layers[f'{i}.{part}.weight'].zero_()     # a layer that is new says nothing at first
+    return FaceIDAdapter.from_state(new, layers, variant)
+
+def _wider(was, new):
+    "A resampler that has learnt, in a wider one: what is new in the width stays silent."
+    out, d0, d = {}, len(was['norm.weight']), len(new['norm.weight'])
+    for k, v in new.items():
+        if not k.startswith('perceiver_resampler.'): continue
+        w = was[k]; halves = 2 if k.endswith('to_kv.weight') else 1                               # keys and values lie on top of each other
+        part = v.unflatten(0, (halves, -1)).clone(); part[:, len(w)//halves:] = 0 if v.ndim > 1 and len(v) == d else part[:, len(w)//halves:]
+        part[(slice(None), *(slice(n) for n in (len(w)//halves, *w.shape[1:])))] = w.unflatten(0, (halves, -1))*((d0/d)**.5 if 'norm' in k and k.endswith('weight') or k.endswith('1.0.weight') else 1)
+        out[k] = part.flatten(0, 1)
+    return out
+
+def _quiet(state, plus):
+    "A resampler that begins as the identity tokens (Plus), or as a tenth of them (PlusV2)."
+    p = 'perceiver_resampler.'; out = {k: torch.zeros_like(v) for k, v in state.items() if k.startswith(p) and (k.endswith('0.to_out.weight') or k.endswith('1.3.weight'))} if plus else {}
+    out |= {f'{p}proj_out.weight': torch.eye(len(state[f'{p}proj_out.weight'])), f'{p}proj_out.bias': torch.zeros_like(state[f'{p}proj_out.bias'])}
+    return out | ({f'{p}norm_out.{h}': state[f'norm.{h}'].clone() for h in ('weight', 'bias')} if plus else {f'{p}norm_out.weight': .1*torch.ones_like(state[f'{p}norm_out.weight'])})
+
+# %% ../nbs/18_train.ipynb #de948517
+def has_bf16(device='cpu'):
+    "Whether this device multiplies in bfloat16 faster than in float32."
+    if torch.device(device).type != 'cpu': return torch.device(device).type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.cpu, 'get_capabilities', dict)()
+    return bool(known.get('amx_bf16') or known.get('avx512_bf16'))
+
+# %% ../nbs/18_train.ipynb #0e8d4319
+def encode_sdxl(
+    first, second,  # CLIPTextModel, CLIPTextModelWithProjection
+    ids,            # (B,L) of the first tokenizer
+    side,           # of the square picture, pixels
+    pad=0,          # what the second tokenizer fills up with; otherwise the two agree
+    dtype=torch.float32,
+):
+    "States (B,L,d1 + d2), and {'text_embeds': (B,p), 'time_ids': (B,6)}"
+    end = first.config.eos_token_id; after = ((ids == end).cumsum(1) - (ids == end).long()) > 0
+    a, b = first(ids, output_hidden_states=True), second(torch.where(after, pad, ids), output_hidden_states=True)
+    told = torch.tensor([side, side, 0, 0, side, side], dtype=dtype, device=ids.device).expand(len(ids), -1)
+    return torch.cat([a.hidden_states[-2], b.hidden_states[-2]], -1).to(dtype), dict(text_embeds=b.text_embeds.to(dtype), time_ids=told)
+
 # %% ../nbs/18_train.ipynb #ffe85b5c
 class Student(nn.Module):
     "UNet and adapter as one module, for accelerate to wrap: what runs, and what learns."
     def __init__(self, unet, net): super().__init__(); self.unet, self.net = unet, net
-    def forward(self, x, t, text): return self.unet(x, t, text).sample
+    def forward(self, x, t, text, added=None): return self.unet(x, t, text, added_cond_kwargs=added).sample
 
 class Prepared:
     "Everything that one training has in hand, ready to begin."
     def __init__(self, pipe, data, adapter=None, *, variant='faceid', rank=64, num_tokens=4, encoder=None, structure_drop=.3, batch=16, accumulate=1, lr=1e-4, weight_decay=1e-2, warmup=100, ema=.999,
                  drop=(.05, .05, .05), face=3., offset=.05, cap=20., identity=None, identity_weight=.1, identity_below=300, identity_rows=8, gauge=48, seed=0, workers=0,
-                 mixed_precision='bf16', checkpointing=False, accelerator=None):
+                 mixed_precision=None, checkpointing=False, accelerator=None):
         from accelerate import Accelerator
         for name, value, ok in (('structure_drop', structure_drop, 0 <= structure_drop < 1), ('batch', batch, batch >= 1), ('lr', lr, lr > 0), ('rank', rank, rank >= 0), ('ema', ema, 0 <= ema < 1),
                                 ('drop', drop, len(drop) == 3 and min(drop) >= 0 and sum(drop) < 1)):
             if not ok: raise ArgumentError(f'{name} is out of range', f'found {value}', 'The defaults are a place to start')
-        self.acc = accelerator or Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulate)
+        self.acc = accelerator or Accelerator(mixed_precision=mixed_precision or ('bf16' if has_bf16('cuda' if torch.cuda.is_available() else 'cpu') else 'no'), gradient_accumulation_steps=accumulate)
         self.pipe, self.data, self.unet, self.vae, self.prediction = pipe, data, pipe.unet, pipe.vae, pipe.scheduler.config.prediction_type
         self.batch, self.lr, self.warmup, self.ema, self.drop, self.face, self.offset, self.cap = batch, lr, warmup, ema, drop, face, offset, cap
         self.identity, self.identity_weight, self.identity_below, self.identity_rows, self.seed, self.workers, self.accumulate = identity, identity_weight, identity_below, identity_rows, seed, workers, self.acc.gradient_accumulation_steps
         self.device, self.step, self.spent = self.acc.device, 0, 0.
         self.alpha_bar, self.empty = pipe.scheduler.alphas_cumprod.float().to(self.device), caption_ids(pipe.tokenizer, [''])[0]
-        for part in (self.unet, self.vae, pipe.text_encoder): part.requires_grad_(False).to(self.device)
+        self.readers = [e for e in (pipe.text_encoder, getattr(pipe, 'text_encoder_2', None)) if e is not None]    # SDXL has two
+        self.side = getattr(data, 'size', None) or self.unet.config.sample_size*2**(len(self.vae.config.block_out_channels) - 1)
+        for part in (self.unet, self.vae, *self.readers): part.requires_grad_(False).to(self.device)
         self.unet.to(memory_format=torch.channels_last).train(checkpointing)    # diffusers checkpoints in training mode only
         if checkpointing: self.unet.enable_gradient_checkpointing()
         self.adapter = adapter or FaceIDAdapter.new(self.unet, variant, num_tokens, rank, seed, *[encoder.width] if encoder else [])
@@ -328,8 +402,11 @@ class Prepared:
 class Stepping(Prepared):
     "How a step is made."
     def encode(self, ids):
-        "Text states (B,L,d)"
-        with torch.no_grad(), self.acc.autocast(): return self.pipe.text_encoder(ids.to(self.device))[0].to(self.unet.dtype)
+        "Text states (B,L,d), and what SDXL is told beside them"
+        ids = ids.to(self.device)
+        with torch.no_grad(), self.acc.autocast():
+            if len(self.readers) == 1: return self.readers[0](ids)[0].to(self.unet.dtype), None
+            return encode_sdxl(*self.readers, ids, self.side, self.pipe.tokenizer_2.pad_token_id, self.unet.dtype)
     def ready(self, batch, g):
         "A batch on the device, its pictures as latents."
         batch = {k: v.to(self.device) for k, v in batch.items()}
@@ -346,7 +423,7 @@ class Stepping(Prepared):
         return self.adapter.condition(embeds, guidance=1, structure=torch.where(lost[:, None, None], self.nobody, states), s_scale=s_scale)
     def answer(self, x, t, text):
         "The network's prediction; inside `condition`."
-        return self.student(x.to(self.unet.dtype).contiguous(memory_format=torch.channels_last), t, text)
+        return self.student(x.to(self.unet.dtype).contiguous(memory_format=torch.channels_last), t, *text)
     def loss(self, batch, g):
         "One batch forwards and backwards: its figures."
         batch = self.ready(batch, g); z = batch['latents']
@@ -428,7 +505,7 @@ class Trainer(Stepping):
         if not self.acc.is_main_process: return
         with atomic(Path(out)/'adapter.ckpt') as part:
             torch.save(dict(step=self.step, spent=self.spent, params=[p.detach() for p in self.params], mean=self.mean, opt=self.opt.state_dict(), seed=self.seed), part)
-        with self.averaged() as adapter: write_adapter(adapter, self.unet, out)
+        with self.averaged() as adapter: write_adapter(adapter, self.unet, out, stem_of(adapter.variant, 'sdxl' if len(self.readers) > 1 else 'sd15'))
     def look(self, watch=None):
         "The gauge, and what a watcher sees."
         return self.measure() | (watch(self) if watch else {})
@@ -465,7 +542,7 @@ def train(
     watch=None,        # function(trainer) -> dict of more figures, asked together with the gauge
     adapter=None,      # to go on training this one; a fresh one by default
     **settings,        # variant='faceid' ('plus', 'plusv2': with encoder, a `StructureEncoder`, and structure_drop=.3; 'portrait': with num_tokens=16, rank=0), rank=64, num_tokens=4, batch=16, accumulate=1, lr=1e-4, weight_decay=1e-2, warmup=100, ema=.999, drop=(.05, .05, .05), face=3. (weight of the face), offset=.05, cap=20.,
-):                     #   identity=None (recogniser for `likeness_loss`), identity_weight=.1, identity_below=300, identity_rows=8, gauge=48 (people), seed=0, workers=0, mixed_precision='bf16', checkpointing=False, accelerator=None
+):                     #   identity=None (recogniser for `likeness_loss`), identity_weight=.1, identity_below=300, identity_rows=8, gauge=48 (people), seed=0, workers=0, mixed_precision=None (bf16 where that is quicker), checkpointing=False, accelerator=None
     "Train a FaceID adapter; yields figures. At the end the averaged weights are in the adapter (the last line's `adapter`) and in `out`."
     if not (minutes or steps): raise ArgumentError('The length of the training is not given', 'neither minutes nor steps', 'Give one of them')
     run = Trainer(pipe, data, adapter, **settings); shown, saved, gauged = {}, time.time(), -1
@@ -505,7 +582,7 @@ def arguments(argv=None):
     a.add_argument('--batch', type=int, default=4, help='for each process'); a.add_argument('--accumulate', type=int, default=1); a.add_argument('--lr', type=float, default=1e-4)
     a.add_argument('--size', type=int, help="of the square pictures; the base's own by default"); a.add_argument('--pack', default='buffalo_l', help='face pack'); a.add_argument('--pack-root')
     a.add_argument('--held', type=int, default=0, help='people kept out of training, for the gauge'); a.add_argument('--seed', type=int, default=0); a.add_argument('--workers', type=int, default=2)
-    a.add_argument('--mixed-precision', default='bf16', choices=['no', 'fp16', 'bf16']); a.add_argument('--checkpointing', action='store_true', help='less memory, more time')
+    a.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'], help='bf16 where that is quicker'); a.add_argument('--checkpointing', action='store_true', help='less memory, more time')
     return a.parse_args(argv)
 
 def line(figures): return ' '.join(f'{k} {v:.4g}' for k, v in figures.items() if isinstance(v, (int, float)))

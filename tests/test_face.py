@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from faceid_nb import face as F
 from faceid_nb.errors import (ArgumentError, CheckpointError, FaceChoiceError, FaceIDError, ImageError, NoFaceError, PackMissingError)
-from faceid_nb.face import (PACKS, Embedder, Face, FaceReader, check_pack, choose_face, download_pack, draw_faces, load_face, mean_face, pack_folder,
+from faceid_nb.face import (PACKS, PACK_SUMS, Embedder, Face, FaceReader, check_pack, choose_face, download_pack, draw_faces, load_face, mean_face, pack_folder,
                             read_image, save_face)
 from helpers_face import FakeDetector, export, fake_photo, make_judge, make_pack
 
@@ -312,8 +312,7 @@ def test_missing_pack_without_network(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 def test_missing_pack_does_not_ask_the_network(tmp_path, monkeypatch):
-    import insightface.utils.storage as storage
-    monkeypatch.setattr(storage, 'download_file', lambda *a, **k: pytest.fail('a download was tried')); monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setattr('faceid_nb.face._fetch', lambda *a: pytest.fail('a download was tried')); monkeypatch.setenv('HOME', str(tmp_path))
     with pytest.raises(PackMissingError): FaceReader()
     (tmp_path/'.insightface'/'models'/'buffalo_l').mkdir(parents=True)
     with pytest.raises(PackMissingError) as e: FaceReader()
@@ -354,21 +353,18 @@ def test_failed_download_leaves_nothing(tmp_path):
     with pytest.raises(PackMissingError) as e: FaceReader('buffalo_l', tmp_path, download=True)  # the tests have no network
     helpful(e, 'download failed'); assert not [p for p in tmp_path.rglob('*') if p.is_file() or p.name == 'buffalo_l']
 
-def test_download(tmp_path, root, monkeypatch):
-    import shutil, insightface.utils.storage as storage
-    def fetch(url, path=None, **k):
-        assert 'buffalo_l.zip' in url; shutil.make_archive(str(path)[:-4], 'zip', root/'models'/'fake')
-    monkeypatch.setattr(storage, 'download_file', fetch)
-    r = FaceReader('buffalo_l', tmp_path, providers='cpu', download=True); assert r.name == 'buffalo_l' and not (tmp_path/'models'/'buffalo_l.zip').exists()
-    monkeypatch.setattr(storage, 'download_file', lambda *a, **k: pytest.fail('again')); FaceReader('buffalo_l', tmp_path, providers='cpu', download=True)
+def test_download_is_from_insightfaces_release(tmp_path, root, monkeypatch):
+    import shutil
+    def fetch(url, part):
+        assert url == 'https://github.com/deepinsight/insightface/releases/download/model-zoo/buffalo_l.zip'; shutil.move(shutil.make_archive(str(tmp_path/'a'), 'zip', root/'models'/'fake'), part)
+    monkeypatch.setattr('faceid_nb.face._fetch', fetch); monkeypatch.delitem(PACK_SUMS, 'buffalo_l'); monkeypatch.delenv('FACEID_NB_PACK_URL', raising=False)
+    r = FaceReader('buffalo_l', tmp_path, providers='cpu', download=True); assert r.name == 'buffalo_l' and [p.name for p in (tmp_path/'models').iterdir()] == ['buffalo_l']
+    monkeypatch.setattr('faceid_nb.face._fetch', lambda *a: pytest.fail('again')); FaceReader('buffalo_l', tmp_path, providers='cpu', download=True)
 
-def test_download_of_rubbish(tmp_path, monkeypatch):
-    import insightface.utils.storage as storage
-    monkeypatch.setattr(storage, 'download_file', lambda url, path=None, **k: (Path(path).parent.mkdir(parents=True, exist_ok=True), Path(path).write_bytes(b'<html>')))
-    with pytest.raises(PackMissingError): download_pack('buffalo_l', tmp_path)
-    assert not [p for p in tmp_path.rglob('*') if p.is_file() or p.name == 'buffalo_l']
+def test_packs_that_cannot_be_downloaded(tmp_path):
     for name in ('tiny', 'nobody'):
         with pytest.raises(ArgumentError): download_pack(name, tmp_path)
+    assert set(PACK_SUMS) <= set(PACKS) and all(len(v) == 64 for v in PACK_SUMS.values())
 
 def test_embedder(reader, tmp_path):
     judge = Embedder(make_judge(tmp_path/'judge'/'rec.onnx'), 'cpu'); f = reader.best(PHOTO)

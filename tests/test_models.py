@@ -1,6 +1,7 @@
 """Names to files: a whole pack loads from a folder; what is missing or does not fit is said, and nothing is changed or downloaded."""
-import shutil
+import re, shutil
 import numpy as np, pytest, torch
+import goldens_build as gold
 import helpers_pack as H
 from faceid_nb import models as M
 from faceid_nb.errors import ArgumentError, BaseModelError, CheckpointError, LoRAError, PackMissingError, VariantError, WeightsMissingError
@@ -147,7 +148,9 @@ def test_official_names_from_a_folder(reader, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(M, '_told', set())
     from faceid_nb.checkpoint import save_checkpoint
     pipe = H.pipeline(); save_checkpoint(H.adapter_state(pipe.unet), tmp_path / 'ip-adapter-faceid_sd15.bin')
-    with pytest.raises(WeightsMissingError, match='_lora.safetensors is not on'): M.load('sd15-faceid-lora', folder=tmp_path, device='cpu', base=pipe, download=False)
+    processors = dict(pipe.unet.attn_processors)
+    with pytest.raises(WeightsMissingError, match='_lora.safetensors is not on') as e: M.load('sd15-faceid-lora', folder=tmp_path, device='cpu', base=pipe, download=False)
+    assert f'{tmp_path} does not hold it' in e.value.found and 'h94/IP-Adapter-FaceID' in e.value.do and pipe.unet.attn_processors == processors
     me = M.load('sd15-faceid', folder=tmp_path, device='cpu', base=pipe)
     assert me.negative_prompt == M.CARD_NEGATIVE
     M.load('sd15-faceid', folder=tmp_path, device='cpu', base=pipe)
@@ -167,3 +170,114 @@ def test_hub_files_are_the_cards(monkeypatch, tmp_path):
     monkeypatch.setattr('huggingface_hub.hf_hub_download', download)
     assert M.find_file('ip-adapter-faceid_sd15.bin', M.HUB) == tmp_path / 'ip-adapter-faceid_sd15.bin'
     assert asked == [('h94/IP-Adapter-FaceID', 'ip-adapter-faceid_sd15.bin', False)]
+
+
+# --- a base model in a single file, in the layout that people trade: the golden pipelines, written the other way round
+def renamed(state, rules, prefix):
+    "A state dict under other names: the first pattern that matches at the start of a name is replaced, then its parts are."
+    out = {}
+    for k, t in state.items():
+        for pattern, new in rules:
+            if m := re.match(pattern, k): k = (new(*map(int, m.groups())) if callable(new) else new) + k[m.end():]; break
+        out[prefix + k] = t
+    return out
+
+
+def ldm_unet(unet):
+    n = unet.config.layers_per_block + 1; crosses = [hasattr(b, 'attentions') for b in unet.up_blocks]
+    s = renamed(unet.state_dict(), [(r'down_blocks\.(\d)\.resnets\.(\d)', lambda b, j: f'input_blocks.{1 + b*n + j}.0'), (r'down_blocks\.(\d)\.attentions\.(\d)', lambda b, j: f'input_blocks.{1 + b*n + j}.1'),
+        (r'down_blocks\.(\d)\.downsamplers\.0\.conv', lambda b: f'input_blocks.{b*n + n}.0.op'), (r'mid_block\.resnets\.(\d)', lambda j: f'middle_block.{2*j}'), (r'mid_block\.attentions\.0', 'middle_block.1'),
+        (r'up_blocks\.(\d)\.resnets\.(\d)', lambda b, j: f'output_blocks.{b*n + j}.0'), (r'up_blocks\.(\d)\.attentions\.(\d)', lambda b, j: f'output_blocks.{b*n + j}.1'),
+        (r'up_blocks\.(\d)\.upsamplers\.0\.conv', lambda b: f'output_blocks.{b*n + n - 1}.{1 + crosses[b]}.conv'), (r'time_embedding\.linear_(\d)', lambda i: f'time_embed.{2*i - 2}'), (r'add_embedding\.linear_(\d)', lambda i: f'label_emb.0.{2*i - 2}'),
+        (r'conv_in', 'input_blocks.0.0'), (r'conv_norm_out', 'out.0'), (r'conv_out', 'out.2')], 'model.diffusion_model.')
+    parts = dict(norm1='in_layers.0', conv1='in_layers.2', norm2='out_layers.0', conv2='out_layers.3', time_emb_proj='emb_layers.1', conv_shortcut='skip_connection')
+    return {re.sub(r'(put_blocks\.\d+\.0|middle_block\.[02])\.(\w+)', lambda m: f'{m[1]}.{parts.get(m[2], m[2])}', k): t for k, t in s.items()}
+
+
+def ldm_vae(vae):
+    n = len(vae.config.block_out_channels) - 1; out = {}
+    for k, t in vae.state_dict().items():
+        for a, b in ((r'down_blocks\.(\d)\.resnets', r'down.\1.block'), (r'down_blocks\.(\d)\.downsamplers\.0', r'down.\1.downsample'), (r'up_blocks\.(\d)\.resnets', lambda m: f'up.{n - int(m[1])}.block'),
+                     (r'up_blocks\.(\d)\.upsamplers\.0', lambda m: f'up.{n - int(m[1])}.upsample'), (r'mid_block\.resnets\.(\d)', lambda m: f'mid.block_{int(m[1]) + 1}'), (r'mid_block\.attentions\.0', 'mid.attn_1'),
+                     ('conv_norm_out', 'norm_out'), ('conv_shortcut', 'nin_shortcut'), ('group_norm', 'norm'), (r'to_out\.0', 'proj_out'), (r'to_([qkv])\.', r'\1.')): k = re.sub(a, b, k)
+        out['first_stage_model.' + k] = t[..., None, None] if re.search(r'attn_1\.(q|k|v|proj_out)\.weight', k) else t
+    return out
+
+
+def open_clip(encoder):
+    "OpenCLIP keeps q, k and v in one matrix and the projection transposed."
+    s, out = encoder.state_dict(), {}; pre = 'text_model.' if any(k.startswith('text_model.') for k in s) else ''
+    layer = lambda i: f'{pre}encoder.layers.{i}.'
+    for i in range(encoder.config.num_hidden_layers):
+        for kind in ('weight', 'bias'):
+            out[f'transformer.resblocks.{i}.attn.in_proj_{kind}'] = torch.cat([s[f'{layer(i)}self_attn.{p}_proj.{kind}'] for p in 'qkv'])
+            for a, b in (('self_attn.out_proj', 'attn.out_proj'), ('layer_norm1', 'ln_1'), ('layer_norm2', 'ln_2'), ('mlp.fc1', 'mlp.c_fc'), ('mlp.fc2', 'mlp.c_proj')): out[f'transformer.resblocks.{i}.{b}.{kind}'] = s[f'{layer(i)}{a}.{kind}']
+    out |= {'positional_embedding': s[f'{pre}embeddings.position_embedding.weight'], 'token_embedding.weight': s[f'{pre}embeddings.token_embedding.weight'], 'text_projection': s['text_projection.weight'].T,
+            **{f'ln_final.{k}': s[f'{pre}final_layer_norm.{k}'] for k in ('weight', 'bias')}}
+    return {f'conditioner.embedders.1.model.{k}': t for k, t in out.items()}
+
+
+def single_file(pipe, path):
+    "The weights of a pipeline in one file; the path."
+    from safetensors.torch import save_file
+    xl = hasattr(pipe, 'text_encoder_2'); words = pipe.text_encoder.state_dict(); pre = '' if any(k.startswith('text_model.') for k in words) else 'text_model.'
+    s = ldm_unet(pipe.unet) | ldm_vae(pipe.vae) | {f"{'conditioner.embedders.0' if xl else 'cond_stage_model'}.transformer.{pre}{k}": t for k, t in words.items()} | (open_clip(pipe.text_encoder_2) if xl else {})
+    save_file({k: t.clone().contiguous() for k, t in s.items()}, path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    "kind -> (single file, diffusers folder) of the golden pipelines"
+    f = tmp_path_factory.mktemp('single'); out = {}
+    for kind in ('sd', 'sdxl'):
+        pipe = gold.pipeline(kind)
+        if kind == 'sdxl':      # diffusers tells its two encoders apart by their width: 32 + 96, as 768 + 1280 in the real one
+            from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+            of = lambda width: CLIPTextConfig(**gold.SPEC['configs']['text_sdxl'] | dict(hidden_size=width))
+            pipe.register_modules(text_encoder=CLIPTextModel(of(32)).eval(), text_encoder_2=CLIPTextModelWithProjection(of(96)).eval())
+        pipe.save_pretrained(f/kind); out[kind] = single_file(pipe, f/f'{kind}.safetensors'), f/kind
+    return out
+
+
+@pytest.fixture
+def configs(files, monkeypatch):
+    "In place of the hub, of which `from_single_file` needs the configuration: the golden ones, and a list of what was asked for."
+    asked = []
+    def snapshot(repo, cache_dir=None, local_files_only=None, **k): asked.append((repo, cache_dir, local_files_only)); return str(files['sdxl' if 'xl' in repo else 'sd'][1])
+    monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot)
+    return asked
+
+
+@pytest.mark.parametrize('kind', ['sd', 'sdxl'])
+def test_a_single_file_is_the_same_pipeline(files, configs, tmp_path, kind):
+    file, folder = files[kind]
+    assert M.is_sdxl(file) is (kind == 'sdxl')
+    one, two = (M.load_pipeline(p, cache_dir=tmp_path, download=False, sdxl=kind != 'sdxl') for p in (file, folder))       # what the file is it says itself
+    assert type(one) is type(two) and configs == [(M.CONFIGS[kind == 'sdxl'], tmp_path, True)]
+    for part in ('unet', 'vae', 'text_encoder') + (('text_encoder_2',) if kind == 'sdxl' else ()):
+        a, b = (getattr(p, part).state_dict() for p in (one, two)); assert a.keys() == b.keys() and all(torch.equal(t, b[k]) for k, t in a.items()), part
+    assert dict(one.scheduler.config)['set_alpha_to_one'] is False and type(one.scheduler).__name__ == 'DDIMScheduler'
+    one.set_progress_bar_config(disable=True); two.set_progress_bar_config(disable=True)
+    how = dict(num_inference_steps=1, width=16, height=16, output_type='latent')
+    assert torch.equal(*(p('a man', generator=torch.Generator().manual_seed(0), **how).images for p in (one, two)))
+
+
+def test_a_single_file_without_its_configuration(files, tmp_path):
+    for download in (False, True):      # never a connection where download is False, and offline here
+        with pytest.raises(WeightsMissingError, match='configuration for a single file, stable-diffusion-v1-5'): M.load_pipeline(files['sd'][0], cache_dir=tmp_path, download=download)
+
+
+@pytest.mark.parametrize('form', [0, 1])
+@pytest.mark.parametrize('name, kind, wants, has', [('sd15-faceid', 'sdxl', 64, 128), ('sdxl-faceid', 'sd', 128, 64)])
+def test_a_base_of_the_wrong_family_is_refused(files, configs, reader, tmp_path, name, kind, wants, has, form):
+    gold.write_checkpoint(M.MODELS[name].checkpoint, tmp_path)
+    with pytest.raises(BaseModelError, match=f'tokens are {wants} wide, the words of this UNet {has}') as e: M.load(name, folder=tmp_path, base=files[kind][form], device='cpu', download=False)
+    assert 'Load the base model that the checkpoint was made for' in e.value.do
+
+
+def test_a_damaged_single_file(files, configs, tmp_path):
+    data = files['sd'][0].read_bytes()
+    for bad in (data[:len(data)//2], b'<!doctype html>', b''):
+        (tmp_path/'bad.safetensors').write_bytes(bad)
+        with pytest.raises(BaseModelError, match='cannot be loaded'): M.load_pipeline(tmp_path/'bad.safetensors')

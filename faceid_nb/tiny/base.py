@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LATENTS', 'WIDTH', 'LENGTH', 'fit', 'patch_components', 'psnr', 'new_autoencoder', 'start_from_components',
            'picture_loss', 'train_autoencoder', 'normalise_latents', 'new_tokenizer', 'new_text_encoder', 'new_unet',
-           'card_scheduler', 'encode_all', 'prepare', 'train_diffusion', 'save_pipeline', 'sample', 'main']
+           'card_scheduler', 'encode_all', 'prepare', 'train_diffusion', 'finish_folder', 'save_pipeline', 'sample',
+           'main']
 
 # %% ../../nbs/tiny/base.ipynb #0d7f37dc
 import argparse, collections, json, math, os, random, time
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from . import people as drawn
-from ..train import add_noise, caption_ids, face_map, target_and_weight, weighted_error
+from ..train import add_noise, caption_ids, face_map, has_bf16, target_and_weight, weighted_error
 
 # %% ../../nbs/tiny/base.ipynb #26990d2c
 def fit(
@@ -134,7 +135,7 @@ def train_autoencoder(
     vae = start_from_components(new_autoencoder(), images[::max(1, len(images)//1500)].float()/127.5 - 1).to(device, memory_format=torch.channels_last)
     def loss(step):
         j = torch.randint(0, len(images), (batch,)); x = (images[j].to(device).float()/127.5 - 1).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device, torch.bfloat16): q = vae.encode(x).latent_dist; y = vae.decode(q.sample()).sample
+        with torch.autocast(device, torch.bfloat16, has_bf16(device)): q = vae.encode(x).latent_dist; y = vae.decode(q.sample()).sample
         y = y.float(); kl = (q.mean.float()**2 + q.logvar.float().exp() - 1 - q.logvar.float()).mean()/2
         return picture_loss(y, x, face_map(boxes[j].to(device)/64, 64, 64, 3.)) + 2e-4*kl, dict(psnr=psnr(y.detach()/2 + .5, x/2 + .5), kl=float(kl.detach()))
     yield from fit(vae, loss, minutes=minutes, lr=lr, ema=.998, weight_decay=1e-4, checkpoint=Path(out)/'vae.ckpt', **fit_arguments)
@@ -202,7 +203,7 @@ def encode_all(vae, images, batch=250):
     "Latent means of (N,3,64,64) uint8 pictures, float16."
     p, out = next(vae.parameters()), []
     for i in images.split(batch):
-        with torch.autocast(p.device.type, torch.bfloat16): z = vae.encode(i.to(p.device).float()/127.5 - 1).latent_dist.mean
+        with torch.autocast(p.device.type, torch.bfloat16, has_bf16(p.device)): z = vae.encode(i.to(p.device).float()/127.5 - 1).latent_dist.mean
         out.append(z.half().cpu())
     return torch.cat(out)
 
@@ -238,13 +239,22 @@ def train_diffusion(
         j = torch.randint(0, n, (batch,)); z = data['latents'][j].to(device).float()
         ids = data['ids'][torch.randint(0, len(data['ids']), (batch,)), j].long(); ids = torch.where(torch.rand(batch, 1) < .1, empty, ids).to(device)
         x, t, noise = add_noise(z, alpha_bar, torch.default_generator); target, weight = target_and_weight(x, noise, t, alpha_bar)
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, has_bf16(device)):
             predicted = run(x.contiguous(memory_format=torch.channels_last), t, text(ids).last_hidden_state).sample
         return weighted_error(predicted, target, weight, face_map(data['boxes'][j].to(device)/64, *z.shape[-2:], face)), {}
     yield from fit(parts, loss, minutes=minutes, lr=lr, checkpoint=Path(out)/'diffusion.ckpt', **fit_arguments)
     unet.save_pretrained(Path(out)/'unet'); text.save_pretrained(Path(out)/'text_encoder')
 
 # %% ../../nbs/tiny/base.ipynb #4648f3cd
+def finish_folder(out):
+    "What a saved pipeline needs besides: the older tokenizer files, and no word of where its parts were loaded from."
+    for folder in Path(out).glob('tokenizer*'):
+        bpe = json.loads((folder/'tokenizer.json').read_text())['model']   # older transformers read these two files instead
+        (folder/'vocab.json').write_text(json.dumps(bpe['vocab'], ensure_ascii=False))
+        (folder/'merges.txt').write_text('\n'.join(['#version: 0.2', *(m if isinstance(m, str) else ' '.join(m) for m in bpe['merges'])]) + '\n')
+    for file in Path(out).glob('*/config.json'):    # diffusers notes where a part was loaded from; nobody else has that folder
+        config = json.loads(file.read_text()); config.pop('_name_or_path', None); file.write_text(json.dumps(config, indent=2) + '\n')
+
 def save_pipeline(
     parts,  # folder with `vae`, `unet`, `text_encoder`
     out,    # folder of the pipeline
@@ -257,11 +267,7 @@ def save_pipeline(
     pipe = StableDiffusionPipeline(vae=load(AutoencoderKL, 'vae'), unet=load(UNet2DConditionModel, 'unet'), text_encoder=load(CLIPTextModel, 'text_encoder'),
         tokenizer=new_tokenizer(), scheduler=card_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.to(dtype).save_pretrained(out, safe_serialization=True)
-    bpe = json.loads((Path(out)/'tokenizer'/'tokenizer.json').read_text())['model']   # older transformers read these two files instead
-    (Path(out)/'tokenizer'/'vocab.json').write_text(json.dumps(bpe['vocab'], ensure_ascii=False))
-    (Path(out)/'tokenizer'/'merges.txt').write_text('\n'.join(['#version: 0.2', *(m if isinstance(m, str) else ' '.join(m) for m in bpe['merges'])]) + '\n')
-    for file in Path(out).glob('*/config.json'):    # diffusers notes where a part was loaded from; nobody else has that folder
-        config = json.loads(file.read_text()); config.pop('_name_or_path', None); file.write_text(json.dumps(config, indent=2) + '\n')
+    finish_folder(out)
     return pipe
 
 # %% ../../nbs/tiny/base.ipynb #bd947ef7

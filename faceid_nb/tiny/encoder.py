@@ -16,6 +16,7 @@ from ..plus import StructureEncoder
 from . import people as drawn
 from .base import fit
 from .recognizer import align_crops, known_numbers, roughen
+from ..train import has_bf16
 
 # %% ../../nbs/tiny/encoder.ipynb #c25d4283
 def new_encoder(width=128, layers=4, patch=28):
@@ -73,10 +74,11 @@ def train_encoder(
 ):
     "Generator of figures; the last holds the trained `reading`."
     torch.manual_seed(seed); numbers, _ = known_numbers(photos['identities']); model = Reading(new_encoder(), 14 + numbers.shape[1]).to(device)
+    importance = torch.tensor([4., 2.] + [1.]*12, device=device)   # yaw and pitch move few pixels and are what the structure is for
     def loss(step):
         crops, wanted, mood = (t.to(device) for t in encoder_batch(photos, numbers, batch, torch.Generator().manual_seed(seed*1_000_003 + step), sharp))
-        with torch.autocast(device, torch.bfloat16): told, moods = model(crops)
-        return F.smooth_l1_loss(told[:, :14], wanted[:, :14]) + .5*F.smooth_l1_loss(told[:, 14:], wanted[:, 14:]) + .3*F.cross_entropy(moods, mood), dict(mood=float((moods.argmax(1) == mood).float().mean()))
+        with torch.autocast(device, torch.bfloat16, has_bf16(device)): told, moods = model(crops)
+        return (importance*F.smooth_l1_loss(told[:, :14], wanted[:, :14], reduction='none')).mean() + .5*F.smooth_l1_loss(told[:, 14:], wanted[:, 14:]) + .3*F.cross_entropy(moods, mood), dict(mood=float((moods.argmax(1) == mood).float().mean()))
     yield from fit(model, loss, minutes=minutes, lr=lr, ema=.998, checkpoint=Path(out)/'encoder.ckpt', **fit_arguments)
     model.eval(); model.encoder.save_pretrained(Path(out)/'image_encoder'); yield dict(reading=model)
 

@@ -16,6 +16,7 @@ import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 from pathlib import Path
 from types import SimpleNamespace
 from .people import TRAINING_SEEDS, draw, sample_identities, sample_scenes, take
+from ..train import has_bf16
 
 # %% ../../nbs/tiny/recognizer.ipynb #rc000010
 TEMPLATE = torch.tensor([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]])  # as faceid_nb.align
@@ -192,7 +193,7 @@ def learn_faces(
         for group in opt.param_groups: group['lr'] = rate[0] + (rate[1] - rate[0])*t/.1 if t < .1 else rate[1]*(.5 + .5*math.cos(math.pi*(t - .1)/.9)) + 1e-5
         with torch.no_grad(): crops, person = crop_batch(photos, people, batch, g, sharp=sharp); crops = roughen(crops, g, todo['steps'])*2 - 1
         crops, person = crops.to(device, memory_format=torch.channels_last), person.to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16): embeddings = model(crops)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, has_bf16(device)): embeddings = model(crops)
         margin = todo['loss']['margin']*min(1, t/.3)  # a full margin from the start finds no way in
         loss, right = margin_loss(embeddings, centres, person, **todo['loss'] | dict(margin=margin))
         told = tell(embeddings.float()); who = people[person.cpu()]
@@ -434,7 +435,7 @@ def learn_detector(
         model.train(); g = torch.Generator().manual_seed(TRAINING_SEEDS + seed*1_000_003 + step); t = step/steps
         for group in opt.param_groups: group['lr'] = rate*min(1, (step + 1)/50)*(.5 + .5*math.cos(math.pi*t)) + 1e-5
         with torch.no_grad(): canvas, *targets = (v.to(device) for v in detector_batch(*pools, batch, g))
-        with torch.autocast(torch.device(device).type, torch.bfloat16): maps = model.maps(canvas.contiguous(memory_format=torch.channels_last))
+        with torch.autocast(torch.device(device).type, torch.bfloat16, has_bf16(device)): maps = model.maps(canvas.contiguous(memory_format=torch.channels_last))
         (loss, error), close = detector_loss(maps[0], *targets), refine_loss(maps[1], *targets, g); loss = loss + 40*close
         opt.zero_grad(set_to_none=True); loss.backward(); nn.utils.clip_grad_norm_(model.parameters(), 5.); opt.step()
         yield dict(step=step + 1, loss=loss.detach(), gauge=f'landmarks {float(error):.3f} canvas pixels, refined {100*float(close):.2f}% of the face', state=keep, model=model)

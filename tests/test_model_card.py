@@ -1,0 +1,112 @@
+"""Every block of code on the model card, called as it is called there: `ip_adapter` is `faceid_nb`, the paths are the tiny pack's, and the sizes are its 64 pixels."""
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from insightface.app import FaceAnalysis
+from insightface.utils import face_align
+
+from faceid_nb.ip_adapter_faceid import IPAdapterFaceID, IPAdapterFaceIDPlus, IPAdapterFaceIDPlusXL, IPAdapterFaceIDXL
+from faceid_nb.ip_adapter_faceid_separate import IPAdapterFaceID as SeparateFaceID, IPAdapterFaceIDPlus as SeparatePlus
+from faceid_nb.measure import identity_similarity
+from faceid_nb.face import FaceReader
+from faceid_nb.models import TINY
+from faceid_nb.tiny.people import render, sample_people
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+BASE, XL, DEVICE, SIZE = str(TINY/'sd'), str(TINY/'sdxl'), 'cpu', 64
+NEGATIVE = 'monochrome, lowres, bad anatomy, worst quality, low quality, blurry'
+SCHEDULER = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+
+
+@pytest.fixture(scope='module')
+def photographs(tmp_path_factory):
+    "Five photographs of one person as files."
+    folder = tmp_path_factory.mktemp('photographs'); files = [folder/f'{k}.jpg' for k in range(5)]
+    for k, f in enumerate(files): render(sample_people(1, seed=17), seed=60 + k, size=256, glasses=0, hat=None)[0].image.save(f, quality=95)
+    return [str(f) for f in files]
+
+
+@pytest.fixture(scope='module')
+def app():
+    app = FaceAnalysis(name='tiny', root=str(TINY), providers=['CPUExecutionProvider'])
+    app.prepare(ctx_id=0, det_size=(640, 640))
+    return app
+
+
+@pytest.fixture(scope='module')
+def extracted(photographs, app):
+    "The card's first block, and the one for Plus: embedding and aligned crop, which OpenCV has in BGR."
+    image = cv2.imread(photographs[0]); faces = app.get(image)
+    return torch.from_numpy(faces[0].normed_embedding).unsqueeze(0), face_align.norm_crop(image, landmark=faces[0].kps, image_size=224)
+
+
+@pytest.fixture(scope='module')
+def pipe():
+    return lambda: StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32, scheduler=DDIMScheduler(**SCHEDULER), vae=AutoencoderKL.from_pretrained(f'{BASE}/vae').to(dtype=torch.float32), feature_extractor=None, safety_checker=None)
+
+
+@pytest.fixture(scope='module')
+def pipe_xl():
+    return lambda: StableDiffusionXLPipeline.from_pretrained(XL, torch_dtype=torch.float32, scheduler=DDIMScheduler(**SCHEDULER), add_watermarker=False)
+
+
+def looks_right(images, photograph, n=4, above=.3):
+    "n different pictures of the tiny pack's size, in which the judge knows the person."
+    assert len(images) == n and all(isinstance(i, Image.Image) and i.size == (SIZE, SIZE) for i in images) and len({i.tobytes() for i in images}) == n
+    likeness = identity_similarity(photograph, images, reader=FaceReader('tiny', TINY, 'cpu'))
+    assert np.nanmean(likeness) > above, likeness
+    return np.nanmean(likeness)
+
+
+def test_the_embedding_is_the_readers(photographs, extracted):
+    face = FaceReader('tiny', TINY, 'cpu').best(photographs[0])
+    assert extracted[0].shape == (1, 512) and float(extracted[0][0] @ torch.as_tensor(face.embedding)) > .999
+    assert np.abs(extracted[1][:, :, ::-1].astype(int) - np.asarray(face.crop(224)).astype(int)).mean() < 1
+
+
+def test_faceid(photographs, extracted, pipe):
+    ip_model = IPAdapterFaceID(pipe(), str(TINY/'ip-adapter-faceid_sd15.safetensors'), DEVICE)
+    images = ip_model.generate(prompt='photo of a woman in a red shirt, beach background', negative_prompt=NEGATIVE, faceid_embeds=extracted[0], num_samples=4, width=SIZE, height=SIZE, num_inference_steps=30, seed=2023)
+    looks_right(images, photographs[0])
+
+
+def test_faceid_with_the_separate_lora(photographs, extracted, pipe):
+    pipe = pipe(); pipe.load_lora_weights(str(TINY/'ip-adapter-faceid_sd15_lora.safetensors')); pipe.fuse_lora()
+    ip_model = SeparateFaceID(pipe, str(TINY/'ip-adapter-faceid_sd15.safetensors'), DEVICE)
+    images = ip_model.generate(prompt='photo of a woman in a red shirt, beach background', negative_prompt=NEGATIVE, faceid_embeds=extracted[0], num_samples=4, width=SIZE, height=SIZE, num_inference_steps=30, seed=2023)
+    looks_right(images, photographs[0])
+
+
+def test_faceid_sdxl(photographs, extracted, pipe_xl):
+    ip_model = IPAdapterFaceIDXL(pipe_xl(), str(TINY/'ip-adapter-faceid_sdxl.safetensors'), DEVICE)
+    images = ip_model.generate(prompt='photo of a woman in a red shirt, beach background', negative_prompt=NEGATIVE, faceid_embeds=extracted[0], num_samples=2, width=SIZE, height=SIZE, num_inference_steps=30, guidance_scale=7.5, seed=2023)
+    looks_right(images, photographs[0], 2)
+
+
+@pytest.mark.parametrize('v2', [False, True])
+def test_plus(photographs, extracted, pipe, v2):
+    faceid_embeds, face_image = extracted; ip_ckpt = str(TINY/('ip-adapter-faceid-plusv2_sd15.safetensors' if v2 else 'ip-adapter-faceid-plus_sd15.safetensors'))
+    ip_model = IPAdapterFaceIDPlus(pipe(), str(TINY/'image_encoder'), ip_ckpt, DEVICE)
+    images = ip_model.generate(prompt='photo of a woman in a red shirt, beach background', negative_prompt=NEGATIVE, face_image=face_image, faceid_embeds=faceid_embeds, shortcut=v2, s_scale=1.0,
+                               num_samples=4, width=SIZE, height=SIZE, num_inference_steps=30, seed=2023)
+    looks_right(images, photographs[0])
+
+
+def test_plusv2_sdxl(photographs, extracted, pipe_xl):
+    ip_model = IPAdapterFaceIDPlusXL(pipe_xl(), str(TINY/'image_encoder'), str(TINY/'ip-adapter-faceid-plusv2_sdxl.safetensors'), DEVICE)
+    images = ip_model.generate(prompt='photo of a woman in a red shirt, beach background', negative_prompt=NEGATIVE, face_image=extracted[1], faceid_embeds=extracted[0], shortcut=True, s_scale=1.0,
+                               num_samples=2, width=SIZE, height=SIZE, num_inference_steps=30, guidance_scale=7.5, seed=2023)
+    looks_right(images, photographs[0], 2)
+
+
+def test_portrait(photographs, app, pipe):
+    faceid_embeds = []
+    for file in photographs: faceid_embeds.append(torch.from_numpy(app.get(cv2.imread(file))[0].normed_embedding).unsqueeze(0).unsqueeze(0))
+    faceid_embeds = torch.cat(faceid_embeds, dim=1); n_cond = faceid_embeds.shape[1]
+    assert faceid_embeds.shape == (1, 5, 512)
+    ip_model = SeparateFaceID(pipe(), str(TINY/'ip-adapter-faceid-portrait_sd15.safetensors'), DEVICE, num_tokens=16, n_cond=n_cond)
+    images = ip_model.generate(prompt='photo of a woman in a red shirt, beach background', negative_prompt=NEGATIVE, faceid_embeds=faceid_embeds, num_samples=4, width=SIZE, height=SIZE, num_inference_steps=30, seed=2023)
+    looks_right(images, photographs[0])
