@@ -6,7 +6,7 @@
 __all__ = ['BASES', 'VARIANTS', 'pickle_globals', 'sniff', 'read_tensors', 'base_of', 'Checkpoint', 'nest', 'check_tensors',
            'read_shapes', 'infer_variant', 'check_state', 'read_checkpoint', 'atomic', 'save_checkpoint', 'convert',
            'tree', 'lora_key', 'normal_lora', 'read_lora', 'lora_from_checkpoint', 'lora_into_checkpoint', 'save_lora',
-           'check_fits']
+           'split_lora', 'join_lora', 'to_diffusers', 'from_diffusers', 'check_fits']
 
 # %% ../nbs/05_checkpoint.ipynb #cb6cbba9
 import io, os, pickletools, re, uuid, zipfile
@@ -337,6 +337,70 @@ def save_lora(lora: dict, path):  # normalised keys, as `read_lora` gives them
     flat = {'unet.{}.{}.weight'.format(k.rpartition('.')[0], names[k.rpartition('.')[2]]): t.detach().cpu().clone().contiguous() for k, t in lora.items()}
     with atomic(path) as part: save_safetensors(flat, part, {'format': 'pt'})
     return Path(path)
+
+# %% ../nbs/05_checkpoint.ipynb #ea2c7d17
+def split_lora(
+    source, target, lora_target,  # the checkpoint; where it goes without its LoRA, and where the LoRA goes
+    processors,                   # names of `unet.attn_processors`, in order
+    variant=None,
+):
+    "A checkpoint as two files, as the official release has them. Returns both paths. Raises `LoRAError` where there is no LoRA inside."
+    c = read_checkpoint(source, variant); lora = lora_from_checkpoint(c.ip_adapter, processors)
+    if not lora: raise LoRAError(f'{Path(source).name} has no LoRA inside', f'it is {c.variant}', 'There is nothing to split')
+    bare = {'image_proj': c.image_proj, 'ip_adapter': {k: t for k, t in c.ip_adapter.items() if '_lora.' not in k}}
+    return save_checkpoint(bare, target, c.variant), save_lora(lora, lora_target)
+
+def join_lora(
+    source, lora,  # the checkpoint without, and the LoRA's file
+    target, processors, variant=None,
+):
+    "The two as one checkpoint. Returns its path."
+    c = read_checkpoint(source, variant)
+    if c.lora_rank: raise LoRAError(f'{Path(source).name} has a LoRA already', f'of rank {c.lora_rank}', 'Split it off first')
+    ip = c.ip_adapter | lora_into_checkpoint(read_lora(lora), processors); number = lambda k: int(k.split('.')[0])
+    return save_checkpoint({'image_proj': c.image_proj, 'ip_adapter': {k: ip[k] for k in sorted(ip, key=number)}}, target, c.variant)
+
+# %% ../nbs/05_checkpoint.ipynb #bb02ce63
+_PROJ = 'encoder_hid_proj.image_projection_layers.0.'
+_RENAMED = {'.0.norm1.': '.ln0.', '.0.norm2.': '.ln1.', '.0.to_q.': '.attn.to_q.', '.0.to_out.': '.attn.to_out.0.', '.1.0.': '.ff.0.', '.1.1.': '.ff.1.net.0.proj.', '.1.3.': '.ff.1.net.2.'}   # behind `layers.N`
+
+def to_diffusers(
+    checkpoint,  # a `Checkpoint`
+    processors,  # names of `unet.attn_processors`, in order
+) -> dict:
+    "Its tensors under the names that a UNet has for them after `load_ip_adapter`; the LoRA as `PATH.lora_A.faceid_0.weight`."
+    out, mlp = {}, 'proj.net' if 'plus' in checkpoint.variant else 'ff.net'
+    for k, t in checkpoint.image_proj.items():
+        k = k.removeprefix('perceiver_resampler.').replace('proj.0.', f'{mlp}.0.proj.').replace('proj.2.', f'{mlp}.2.')
+        m = re.match(r'(layers\.\d+)(\..*)', k); tail = m and next((m[2].replace(a, b) for a, b in _RENAMED.items() if m[2].startswith(a)), m[2])
+        if m and '.to_kv.' in tail: out |= {f'{_PROJ}{m[1]}.attn.to_{x}.weight': half for x, half in zip('kv', t.chunk(2))}
+        else: out[_PROJ + (m[1] + tail if m else k)] = t
+    names = [n.removesuffix('.processor') for n in processors]
+    for i in checkpoint.layers: out |= {f'{names[i]}.processor.to_{x}_ip.0.weight': checkpoint.ip_adapter[f'{i}.to_{x}_ip.weight'] for x in 'kv'}
+    half = {'down': 'lora_A', 'up': 'lora_B'}
+    return out | {'{}.{}.faceid_0.weight'.format(k.rpartition('.')[0], half[k.rpartition('.')[2]]): t for k, t in lora_from_checkpoint(checkpoint.ip_adapter, processors).items()}
+
+def from_diffusers(
+    state,         # `unet.state_dict()` with one FaceID adapter loaded; other tensors are passed over
+    processors,    # names of `unet.attn_processors`, in order
+    variant=None,  # needed for Plus and PlusV2: diffusers keeps the shortcut as a switch, not in the tensors
+) -> Checkpoint:
+    "The way back. Raises `CheckpointError`."
+    proj, ip, lora, number = {}, {}, {}, {n.removesuffix('.processor'): i for i, n in enumerate(processors)}; back = {b: a for a, b in _RENAMED.items()}
+    plus = any(k.startswith(f'{_PROJ}proj_in.') for k in state)
+    for k, t in state.items():
+        if k.startswith(_PROJ):
+            k = k.removeprefix(_PROJ).replace('proj.net.' if plus else 'ff.net.', 'proj.', 1) if not k.startswith(f'{_PROJ}layers.') else k.removeprefix(_PROJ)
+            k = k.replace('proj.0.proj.', 'proj.0.'); m = re.match(r'(layers\.\d+)(\..*)', k)
+            if m and re.match(r'\.attn\.to_[kv]\.', m[2]):
+                if '.to_k.' in k: proj[f'perceiver_resampler.{m[1]}.0.to_kv.weight'] = torch.cat([t, state[_PROJ + k.replace('.to_k.', '.to_v.')]])
+            elif m: proj['perceiver_resampler.' + m[1] + next(m[2].replace(b, a) for b, a in back.items() if m[2].startswith(b))] = t
+            else: proj[k if not plus or k.startswith(('proj.', 'norm.')) else f'perceiver_resampler.{k}'] = t
+        elif m := re.match(r'(.*)\.processor\.to_([kv])_ip\.0\.weight$', k): ip[f'{number[m[1]]}.to_{m[2]}_ip.weight'] = t
+        elif m := re.match(r'(.*)\.lora_([AB])\.faceid_\d+\.weight$', k): lora[f'{m[1]}.{dict(A="down", B="up")[m[2]]}'] = t
+    if not proj or not ip: raise CheckpointError('No FaceID adapter is loaded in this UNet', f'{len(proj)} tensors of a projection, {len(ip)} of K and V', 'Load one with pipe.load_ip_adapter first')
+    ip |= lora_into_checkpoint(lora, processors); order = lambda k: int(k.split('.')[0])
+    return check_state({'image_proj': proj, 'ip_adapter': {k: ip[k] for k in sorted(ip, key=order)}}, variant, 'the UNet', recorded=variant)
 
 # %% ../nbs/05_checkpoint.ipynb #0b865613
 def check_fits(checkpoint: Checkpoint, unet):
