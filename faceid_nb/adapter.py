@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['blend', 'face_embeddings', 'rows_of', 'layer_weights', 'Condition', 'Attachment', 'AdapterWeights',
-           'layers_from_state', 'fresh_state', 'AttachableAdapter', 'FaceIDAdapter']
+           'layers_from_state', 'fresh_state', 'RawProjection', 'AttachableAdapter', 'FaceIDAdapter']
 
 # %% ../nbs/06_adapter.ipynb #f2a6e95f
 import torch, torch.nn.functional as F
+from pathlib import Path
 from torch import nn
 from diffusers.models.attention_processor import AttnProcessor
-from .errors import ArgumentError, GuidanceError, LoRAError
-from .projection import MLPProjection, PlusProjection, projection_from_state
+from .errors import ArgumentError, CheckpointError, GuidanceError, LoRAError
+from .projection import FacePerceiverResampler, MLPProjection, PlusProjection, projection_from_state
 from .attention import DecoupledAttention, check_processor, cross_attention_layers, guidance_rows, split_heads
 from .lora import LoRA, lora_pairs
 from .checkpoint import check_fits, check_state, lora_from_checkpoint, normal_lora, read_checkpoint, read_lora, save_checkpoint
@@ -29,7 +30,10 @@ def blend(
     if mean.norm() < 1e-6: raise ArgumentError('The weighted faces cancel', f'Their sum has norm {mean.norm():.1e}', 'Choose other weights')
     return F.normalize(mean, dim=0)
 
-def _vector(face):
+def _vector(face, raw=False):
+    if raw and hasattr(face, 'embedding'):
+        if getattr(face, 'raw_embedding', None) is None: raise ArgumentError('This checkpoint reads embeddings as they were before normalisation', 'This face only has the unit vector', 'Read it from its photograph again')
+        face = face.raw_embedding
     return torch.as_tensor(getattr(face, 'embedding', face), dtype=torch.float32).flatten()
 
 def _group(x):
@@ -40,6 +44,7 @@ def face_embeddings(
     faces,             # Face | sequence of Face | array (n, 512) or (512,); a sequence inside is one person in several photographs
     width=512,
     several=False,     # Portrait: keep the photographs of a person apart
+    raw=False,         # of a Face take the embedding before normalisation
 ):
     "-> (n, 512) float32, or (n, k, 512) where `several`. Raises ArgumentError."
     if hasattr(faces, 'embedding'): faces = [faces]
@@ -47,13 +52,14 @@ def face_embeddings(
         if not _group(faces): e = torch.as_tensor(faces, dtype=torch.float32)
         else:
             if several and not _group(faces[0]): faces = [faces]      # one person
-            together = (lambda person: torch.stack([_vector(f) for f in person])) if several else blend
-            e = torch.stack([together(f) if _group(f) else _vector(f) for f in faces])
+            together = (lambda person: torch.stack([_vector(f, raw) for f in person])) if several else blend
+            e = torch.stack([together(f) if _group(f) else _vector(f, raw) for f in faces])
     except (RuntimeError, TypeError) as error: raise ArgumentError('The faces do not form a table of numbers', str(error), 'Give Face objects or their embeddings') from error
     if e.ndim == 1: e = e[None]
     if several and e.ndim == 2: e = e[:, None]
     if e.ndim != 2 + several or e.shape[-1] != width or not len(e):
         raise ArgumentError(f"Identities must be (n, {'k, ' if several else ''}{width}) numbers", f'Found {tuple(e.shape)}', 'Give Face objects or their embeddings')
+    if raw and ((e.norm(dim=-1) - 1).abs() < 1e-3).any(): raise ArgumentError('This checkpoint reads embeddings as they were before normalisation', 'Found one of length 1', 'Give Face objects, or their raw_embedding')
     if not torch.isfinite(e).all(): raise ArgumentError('A face embedding holds numbers that are not finite', 'Found NaN or infinity', 'Read the face again')
     return e
 
@@ -185,7 +191,8 @@ class Attachment:
 # %% ../nbs/06_adapter.ipynb #4e2ff348
 class AdapterWeights:
     "The weights of a FaceID adapter: where they come from and where they go. `net` holds them, in float32, under the official names."
-    def __init__(self, net, variant, lora=None):
+    def __init__(self, net, variant, lora=None, raw=False):
+        self.raw = raw     # True: it reads embeddings before normalisation
         self.net, self.variant, self.lora = net, variant, lora  # lora: {'<path>.down': ..., '<path>.up': ...} of a separate file
         self.at = None                                          # the `Attachment`
     @classmethod
@@ -196,15 +203,17 @@ class AdapterWeights:
     ):
         "Read a checkpoint. Raises CheckpointError and its kinds."
         c = read_checkpoint(path, variant)
-        return cls.from_state(c.image_proj, c.ip_adapter, c.variant, None if lora is None else read_lora(lora))
+        adapter = cls.from_state(c.image_proj, c.ip_adapter, c.variant, None if lora is None else read_lora(lora))
+        adapter.raw |= 'unnorm' in Path(path).name.lower()     # an MLP that was trained so: only its name tells
+        return adapter
     @classmethod
     def from_state(cls, image_proj, ip_adapter, variant=None, lora=None):
         "From the two sections of a checkpoint, and a separate LoRA in any form that `read_lora` knows."
         c = check_state({'image_proj': image_proj, 'ip_adapter': ip_adapter}, variant)
         net = nn.Module()
-        net.image_proj = projection_from_state(c.image_proj, {'plus': False, 'plusv2': True}.get(c.variant))
+        net.image_proj = RawProjection(c.image_proj) if c.raw else projection_from_state(c.image_proj, {'plus': False, 'plusv2': True}.get(c.variant))
         net.ip_adapter = layers_from_state(c.ip_adapter)
-        return cls(net, c.variant, lora if lora is None or all(k.endswith(('.down', '.up')) for k in lora) else normal_lora(lora))
+        return cls(net, c.variant, lora if lora is None or all(k.endswith(('.down', '.up')) for k in lora) else normal_lora(lora), c.raw)
     @property
     def num_tokens(self): return self.net.image_proj.num_tokens
     @property
@@ -247,6 +256,28 @@ def fresh_state(unet, variant='faceid', num_tokens=4, rank=64, seed=0, clip_embe
         proj = PlusProjection(d, clip_embeddings_dim=clip_embeddings_dim, num_tokens=num_tokens) if 'plus' in variant else MLPProjection(d, num_tokens=num_tokens)
     proj.proj[0].weight.data *= 15      # a unit vector of 512 numbers has entries near 0.04; the layer expects entries near 1
     return {'image_proj': proj.state_dict(), 'ip_adapter': ip}
+
+# %% ../nbs/06_adapter.ipynb #5c707545
+class RawProjection(FacePerceiverResampler):
+    "Unnormalised Portrait: learnt queries read an embedding as the recogniser gives it. Parameter names are those of the official file."
+    def __init__(self, state):  # the `image_proj` section of a checkpoint
+        try:
+            depth, heads = 1 + max(int(k.split('.')[1]) for k in state if k.startswith('layers.')), len(state['layers.0.0.to_q.weight']) // 64
+            super().__init__(state['latents'].shape[-1], depth, 64, heads, state['proj_in.weight'].shape[1], len(state['proj_out.weight']))
+            self.latents = nn.Parameter(torch.empty(state['latents'].shape))   # (1, T, dim)
+            self.load_state_dict({k: v.float() for k, v in state.items()})
+        except (KeyError, ValueError, RuntimeError) as e: raise CheckpointError('The projection tensors do not fit together', str(e).split('\n')[-1].strip(), 'The file is damaged or of another kind') from e
+        self.num_tokens, self.cross_attention_dim = self.latents.shape[1], self.proj_out.out_features
+    @property
+    def proj(self): return [self.proj_in]     # where the embedding enters, and
+    @property
+    def norm(self): return self.norm_out      # where tokens leave: as the other projections call them
+    def forward(self,
+        embeds,  # (B, 512), or (B, k, 512) for k photographs of one person
+    ):
+        "-> (B, k * num_tokens, d)"
+        x = embeds.reshape(-1, 1, embeds.shape[-1])                            # (B * k, 1, 512)
+        return super().forward(self.latents.expand(len(x), -1, -1), x).reshape(len(embeds), -1, self.cross_attention_dim)
 
 # %% ../nbs/06_adapter.ipynb #a3683811
 def _unet(target):
@@ -315,9 +346,9 @@ class FaceIDAdapter(AttachableAdapter):
         if self.at is None: raise ArgumentError('The adapter is not attached', 'So condition() has nothing to act on', 'Call adapter.attach(pipe) first')
         if not 0 <= start <= end <= 1: raise ArgumentError('start and end must lie in order between 0 and 1', f'Found {start} and {end}', 'Use 0 and 1 for the whole schedule')
         k, several = int(num_images_per_prompt), self.variant == 'portrait'
-        e = face_embeddings(faces, self.net.image_proj.proj[0].in_features, several); n = len(e)
+        e = face_embeddings(faces, self.net.image_proj.proj[0].in_features, several, self.raw); n = len(e)
         scale, s_scale = rows_of(scale, n, k, 'scale'), rows_of(s_scale, n, k, 's_scale')
-        nobody = torch.zeros_like(e[:1]) if negative is None else face_embeddings(negative, e.shape[-1], several)
+        nobody = torch.zeros_like(e[:1]) if negative is None else face_embeddings(negative, e.shape[-1], several, self.raw)
         if len(nobody) not in (1, n): raise ArgumentError(f'{len(nobody)} negative faces', f'There are {n} faces', 'Give one, or one for each')
         pictures = lambda x: x if x is None or len(x) == 1 else x.repeat_interleave(k, 0)
         tokens = self.tokens(e.repeat_interleave(k, 0), pictures(structure), s_scale)

@@ -178,7 +178,7 @@ def share_interval(
 # %% ../nbs/13_measure.ipynb #53b9500b
 def aligned_landmarks(face) -> np.ndarray:  # (5, 2), the distance of the template's eyes is 1
     "Landmarks of a `Face`, moved by the similarity that aligns its crop: what is left is pose, expression and build."
-    template = crop_template(112); return transform_points(face.landmarks, similarity_transform(face.landmarks, template))/np.linalg.norm(template[1] - template[0])
+    template = crop_template(112); return transform_points(similarity_transform(face.landmarks, template), face.landmarks)/np.linalg.norm(template[1] - template[0])
 
 def structure_distance(
     reference,        # the face whose structure is asked for: a `Face` or a photograph

@@ -55,6 +55,9 @@ MODELS = {m.name: m for m in (
     Model('sd15-plus', 'plus', 'ip-adapter-faceid-plus_sd15.bin', encoder=VIT_H, **SD15),
     Model('sd15-plusv2', 'plusv2', 'ip-adapter-faceid-plusv2_sd15.bin', encoder=VIT_H, **SD15),
     Model('sd15-portrait', 'portrait', 'ip-adapter-faceid-portrait_sd15.bin', **SD15),
+    Model('sd15-portrait-v11', 'portrait', 'ip-adapter-faceid-portrait-v11_sd15.bin', **SD15),
+    Model('sdxl-portrait', 'portrait', 'ip-adapter-faceid-portrait_sdxl.bin', **SDXL),
+    Model('sdxl-portrait-unnorm', 'portrait', 'ip-adapter-faceid-portrait_sdxl_unnorm.bin', **SDXL),
     Model('sdxl-faceid', 'faceid', 'ip-adapter-faceid_sdxl.bin', **SDXL),
     Model('sdxl-plusv2', 'plusv2', 'ip-adapter-faceid-plusv2_sdxl.bin', encoder=VIT_H, **SDXL))}
 

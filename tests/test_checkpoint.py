@@ -300,3 +300,45 @@ def test_fits_portrait_and_sdxl(unets):
     C.check_fits(C.check_state(official('ip-adapter-faceid_sdxl.bin')), xl)
     for name, unet in (('ip-adapter-faceid_sdxl.bin', unets['right']), ('ip-adapter-faceid_sd15.bin', xl)):
         with pytest.raises(BaseModelError): C.check_fits(C.check_state(official(name)), unet)
+
+
+# --- the unnormalised Portrait: learnt queries in place of the MLP
+def raw(width=512, d=8, dim=64, tokens=16):
+    from faceid_nb.projection import FacePerceiverResampler
+    torch.manual_seed(0); s = tiny(d, rank=0)
+    return {**s, 'image_proj': {'latents': torch.randn(1, tokens, dim), **{k: torch.randn_like(v) for k, v in FacePerceiverResampler(dim, 4, 64, 1, width, d).state_dict().items()}}}
+
+
+def test_unnormalised_portrait(tmp_path):
+    state = raw(); c = C.read_checkpoint(write(state, tmp_path / 'ip-adapter-faceid-portrait_sdxl_unnorm.bin'))
+    assert (c.variant, c.raw, c.num_tokens, c.cross_attention_dim, c.embedding_dim, c.lora_rank) == ('portrait', True, 16, 8, 512, 0) and 'unnormalised' in repr(c)
+    C.convert(c.path, tmp_path / 'b.safetensors'); C.convert(tmp_path / 'b.safetensors', tmp_path / 'c.bin')
+    again = C.read_checkpoint(tmp_path / 'c.bin'); assert same(again.image_proj, state['image_proj']) and same(again.ip_adapter, state['ip_adapter'])
+    assert not C.check_state(tiny()).raw and not C.check_state(tiny(tokens=16, rank=0)).raw
+
+
+@pytest.mark.parametrize('change, kind, says', [
+    (lambda s: raw(1280), VariantError, 'reads CLIP images'), (lambda s: s['image_proj'].pop('norm_out.bias'), CheckpointError, 'no norm_out.bias'),
+    (lambda s: s['image_proj'].update(latents=torch.zeros(16, 64)), CheckpointError, 'latents has the wrong shape'), (lambda s: s['image_proj'].pop('latents'), CheckpointError, 'no proj.0.weight')])
+def test_not_quite_unnormalised(change, kind, says):
+    s = raw(); other = change(s)
+    with pytest.raises(kind, match=says): C.check_state(other if isinstance(other, dict) else s)
+
+
+@pytest.mark.parametrize('kind', ['unet_sd', 'unet_sdxl'])
+def test_unnormalised_portrait_inside_diffusers(kind):
+    from diffusers import UNet2DConditionModel
+    unet = UNet2DConditionModel(**cases['configs'][kind]); names = list(unet.attn_processors)
+    s = raw(d=unet.config.cross_attention_dim); s['ip_adapter'] = {f'{i}.to_{x}_ip.weight': torch.randn(unet.get_submodule(n.removesuffix('.processor')).inner_dim, unet.config.cross_attention_dim)
+                                                             for i, n in enumerate(names) if 'attn2' in n for x in 'kv'}
+    unet._load_ip_adapter_weights([s], low_cpu_mem_usage=False); held, c = unet.state_dict(), C.check_state(s)
+    said = C.to_diffusers(c, names); assert all(torch.equal(held[k], t) for k, t in said.items()) and {k for k in held if '_ip.' in k or 'encoder_hid' in k} == set(said)
+    back = C.from_diffusers(held, names); assert back.raw and same(back.image_proj, s['image_proj']) and same(back.ip_adapter, s['ip_adapter'])
+
+
+def test_split_keeps_what_is_known(tmp_path):
+    "Eight tokens without a LoRA look like a Portrait; and splitting a file over itself loses nothing."
+    names = [f'{p}.processor' for p in ('down_blocks.0.attn1', 'down_blocks.0.attn2', 'mid_block.attn1', 'mid_block.attn2')]; state = tiny(tokens=8)
+    f = C.save_checkpoint(state, tmp_path / 'mine.safetensors'); bare, lora = C.split_lora(f, f, tmp_path / 'mine_lora.safetensors', names)
+    c = C.read_checkpoint(bare); assert (c.variant, c.lora_rank) == ('faceid', 0)
+    whole = C.read_checkpoint(C.join_lora(bare, lora, tmp_path / 'whole.bin', names)); assert same(whole.image_proj, state['image_proj']) and same(whole.ip_adapter, state['ip_adapter'])

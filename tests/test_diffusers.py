@@ -31,9 +31,7 @@ def draw(pipe, prompts, seeds, guidance, k=1, **more):
                     generator=[torch.Generator().manual_seed(s) for s in seeds], **more).images
 
 
-@pytest.mark.parametrize('seed', range(2))
-@pytest.mark.parametrize('guidance', [1., 5.])
-@pytest.mark.parametrize('base', ['sd', 'sdxl'])
+@pytest.mark.parametrize('base, guidance, seed', [('sd', 1., 0), ('sd', 5., 1), ('sdxl', 5., 2)])
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_same_pictures(tmp_path, variant, base, guidance, seed):
     pipe, pick = random_pipeline(base, seed); k, scale, s_scale, photos = pick(1, 2), pick(.4, 1., 1.6), pick(.3, 1., 1.5), pick(1, 2, 3, 5) if variant == 'portrait' else 1
@@ -86,3 +84,28 @@ def test_portrait_takes_any_number_of_photographs(base, tokens, photos):
     assert a.tokens(e).shape == (1, photos*tokens, pipe.unet.config.cross_attention_dim)
     one_by_one = torch.cat([a.tokens(e[:, k]) for k in range(photos)], 1)
     assert (a.tokens(e) - one_by_one).abs().max() < 1e-5
+
+
+def test_an_unnormalised_checkpoint_reads_raw_embeddings(tmp_path):
+    "An MLP trained so says it in its file's name; the official file, a resampler with learnt queries, also in its tensors (test_variants)."
+    from faceid_nb.errors import ArgumentError
+    from faceid_nb.face import Face
+    pipe = G.pipeline('sdxl'); a = random_adapter(pipe.unet, 'portrait', 4); unit = torch.nn.functional.normalize(torch.randn(512, generator=torch.Generator().manual_seed(0)), dim=0)
+    face = Face(unit.numpy(), raw_embedding=(22*unit).numpy()); made = {}
+    for name in ('ip-adapter-faceid-portrait_sdxl.bin', 'ip-adapter-faceid-portrait_sdxl_unnorm.bin'):
+        adapter = FaceIDAdapter.from_file(a.save(tmp_path/name)).attach(pipe)
+        with adapter.condition([[face, face]]) as c: made[name] = c.tokens
+        adapter.detach()
+    one, raw = made.values()
+    assert torch.equal(one, a.tokens(unit.expand(1, 2, -1))) and torch.equal(raw, a.tokens(22*unit.expand(1, 2, -1))) and not torch.equal(one, raw)
+    adapter = FaceIDAdapter.from_file(tmp_path/'ip-adapter-faceid-portrait_sdxl_unnorm.bin').attach(pipe)
+    with pytest.raises(ArgumentError, match='before normalisation'): adapter.condition(Face(unit.numpy()))
+    adapter.detach()
+
+
+@pytest.mark.parametrize('name', ['sd15-portrait-v11', 'sdxl-portrait', 'sdxl-portrait-unnorm'])
+def test_the_other_portraits_have_names(name, tmp_path):
+    from faceid_nb.models import MODELS
+    m = MODELS[name]; assert m.variant == 'portrait' and m.checkpoint.startswith('ip-adapter-faceid-portrait')
+    pipe = G.pipeline('sdxl' if name.startswith('sdxl') else 'sd'); file = random_adapter(pipe.unet, 'portrait', 1).save(tmp_path/m.checkpoint)
+    a = FaceIDAdapter.from_file(file); assert (a.variant, a.num_tokens, a.raw) == ('portrait', 16, 'unnorm' in name)

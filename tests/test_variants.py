@@ -117,3 +117,99 @@ def test_nobody_is_looked_at_once(monkeypatch):
     e = StructureEncoder(gold.image_encoder()); looked = []; states = StructureEncoder.states
     monkeypatch.setattr(StructureEncoder, 'states', lambda self, x: looked.append(1) or states(self, x))
     assert torch.equal(e.nobody(), e.nobody()) and len(looked) == 1
+
+
+# --- row by row against diffusers' own projections and processors, on a bare UNet of random shape
+KINDS = ['faceid', 'plus', 'plusv2', 'portrait', 'unnormalised']
+
+
+def raw_projection(d, seed, tokens=16, dim=64):
+    "The projection of ip-adapter-faceid-portrait_sdxl_unnorm.bin: its names, smaller; heads are 64 wide."
+    from faceid_nb.projection import FacePerceiverResampler
+    return gold.fill_({'latents': torch.zeros(1, tokens, dim), **{k: torch.zeros_like(v) for k, v in FacePerceiverResampler(dim, 4, 64, dim//64, 512, d).state_dict().items()}}, seed)
+
+
+def random_case(kind, base, seed):
+    "A UNet and a checkpoint without LoRA that fits it, and a function that picks at random."
+    from diffusers import UNet2DConditionModel
+    from faceid_nb.adapter import FaceIDAdapter
+    r = torch.Generator().manual_seed(seed); pick = lambda *xs: xs[int(torch.randint(len(xs), (), generator=r))]
+    unet = gold.fill_(UNet2DConditionModel(**{**gold.SPEC['configs'][f'unet_{base}'], 'layers_per_block': pick(1, 2), 'block_out_channels': pick((16, 32), (32, 64))}), seed).eval()
+    variant = 'portrait' if kind == 'unnormalised' else kind; tokens = pick(8, 16) if variant == 'portrait' else 4
+    a = FaceIDAdapter.new(unet, variant, tokens, 0, seed, clip_embeddings_dim=pick(48, 96)); gold.fill_(a.net, 20 + seed)
+    if kind == 'unnormalised': a = FaceIDAdapter.from_state(raw_projection(unet.config.cross_attention_dim, seed, tokens, pick(64, 128)), a.state_dict()['ip_adapter'])
+    return unet, a, pick
+
+
+def differ(kind, base, seed):
+    "The largest differences between ours and diffusers' predictions, and between ours and those for nobody."
+    import copy
+    unet, a, pick = random_case(kind, base, seed); g = torch.Generator().manual_seed(seed); draw = lambda *shape: torch.randn(shape, generator=g)
+    B, k, cfg, L, scale = pick(1, 2, 3), pick(1, 2, 3, 5, 7) if a.variant == 'portrait' else 1, pick(True, False), pick(5, 17), pick(.4, 1., 1.6)
+    e = draw(B, k, 512)*(1 if a.raw else 512**-.5); clip, none, s = draw(B, L, a.structure_width or 1), draw(1, L, a.structure_width or 1), 2*torch.rand(B, generator=g)
+    x, text, t, parts = draw(B, 4, 8, 8), draw(2*B, 7, unet.config.cross_attention_dim), 500, 1 + cfg; rows = parts*B
+    more = dict(text_embeds=draw(rows, 64), time_ids=draw(rows, 6)) if base == 'sdxl' else {}
+    seen = dict(structure=clip, negative_structure=none, s_scale=s) if a.structure_width else {}
+    run = lambda net, **kw: net(x.repeat(parts, 1, 1, 1), t, encoder_hidden_states=text[:rows], added_cond_kwargs={**more, **kw}).sample
+    theirs = copy.deepcopy(unet); theirs._load_ip_adapter_weights([a.state_dict()], low_cpu_mem_usage=False)
+    for p in theirs.attn_processors.values():
+        if hasattr(p, 'scale'): p.scale = [scale]
+    both = torch.cat([torch.zeros_like(e), e])[-rows:]; proj = theirs.encoder_hid_proj.image_projection_layers[0]
+    if a.structure_width: proj.shortcut, proj.shortcut_scale, proj.clip_embeds = kind == 'plusv2', s.repeat(parts)[:, None, None], torch.cat([none.expand(B, -1, -1), clip])[-rows:, None]
+    a.attach(unet)
+    with torch.no_grad():
+        with a.condition(e if a.variant == 'portrait' else e[:, 0], scale=scale, guidance=parts, **seen): ours = run(unet)
+        return (ours - run(theirs, image_embeds=[both[:, :, None] if a.raw else both])).abs().max().item(), (ours - run(unet)).abs().max().item()
+
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('base', ['sd', 'sdxl'])
+@pytest.mark.parametrize('kind', KINDS)
+def test_rows_as_diffusers_computes_them(kind, base, seed):
+    apart, effect = differ(kind, base, seed)
+    assert apart < 2e-5 and effect > 1e-2
+
+
+# --- the unnormalised Portrait: `Face.raw_embedding` goes in
+@pytest.fixture(scope='module')
+def unnormalised(tmp_path_factory):
+    f = tmp_path_factory.mktemp('unnorm')/'ip-adapter-faceid-portrait_sdxl_unnorm.bin'; c = gold.state('ip-adapter-faceid_sdxl.bin')
+    torch.save({'image_proj': raw_projection(128, 7), 'ip_adapter': {k: v for k, v in c['ip_adapter'].items() if '_ip.' in k}}, f); return f
+
+
+def person(seed, length=20.):
+    from faceid_nb.face import Face
+    v = torch.nn.functional.normalize(torch.randn(512, generator=torch.Generator().manual_seed(seed)), dim=0)
+    return Face(v.numpy(), raw_embedding=None if length is None else (length*v).numpy())
+
+
+def test_unnormalised_reads_the_raw_embedding(unnormalised):
+    from faceid_nb.adapter import FaceIDAdapter
+    from faceid_nb.faceid import FaceID
+    pipe = gold.pipeline('sdxl'); a = FaceIDAdapter.from_file(unnormalised); assert (a.variant, a.raw, a.num_tokens) == ('portrait', True, 16)
+    me = FaceID(pipe, a); how = dict(num_samples=1, num_inference_steps=1, width=16, height=16, output_type='latent', seed=0)
+    make = lambda *faces: torch.as_tensor(me.generate([list(faces)], 'a', **how)[0])
+    two = make(person(1), person(2)); raws = [torch.as_tensor(person(i).raw_embedding) for i in (1, 2)]
+    assert torch.equal(two, make(*raws)) and (two - make(*(r/4 for r in raws))).abs().max() > 1e-3 and (two - make(person(1))).abs().max() > 1e-3
+    with pytest.raises(ArgumentError, match='came without|only has the unit'): make(person(1, None))
+    with pytest.raises(ArgumentError, match='length 1'): make(torch.as_tensor(person(1).embedding))
+    with pytest.raises(ArgumentError, match='length 1'): a.condition([person(1)], negative=torch.as_tensor(person(2).embedding))
+    with pytest.raises(BaseModelError): FaceIDAdapter.from_file(unnormalised).attach(gold.pipeline('sd'))
+
+
+@pytest.mark.parametrize('suffix', ['.bin', '.safetensors'])
+def test_unnormalised_is_saved_as_it_came(unnormalised, tmp_path, suffix):
+    from faceid_nb.adapter import FaceIDAdapter
+    from faceid_nb.checkpoint import read_checkpoint
+    was, now = read_checkpoint(unnormalised), read_checkpoint(FaceIDAdapter.from_file(unnormalised).save(tmp_path/f'mine{suffix}'))
+    assert now.raw and now.variant == 'portrait' and all(torch.equal(t, getattr(was, part)[k]) for part in ('image_proj', 'ip_adapter') for k, t in getattr(now, part).items())
+
+
+@pytest.mark.parametrize('name', ['ip-adapter-faceid-portrait-v11_sd15.bin', 'ip-adapter-faceid-portrait_sd15.safetensors'])
+def test_portrait_v11_is_laid_out_as_the_first(name, tmp_path):
+    from safetensors.torch import save_file
+    from faceid_nb.adapter import FaceIDAdapter
+    state = gold.state('ip-adapter-faceid-portrait_sd15.bin')
+    if name.endswith('.bin'): torch.save(state, tmp_path/name)
+    else: save_file({f'{p}.{k}': t for p in state for k, t in state[p].items()}, tmp_path/name)
+    a = FaceIDAdapter.from_file(tmp_path/name); assert (a.variant, a.num_tokens, a.raw, a.structure_width) == ('portrait', 16, False, None)
