@@ -298,8 +298,8 @@ def grow(
     new, was = fresh['image_proj'], {k: v.float() for k, v in old['image_proj'].items()}; d, d0 = len(new['norm.weight']), len(was['norm.weight']); g = torch.Generator().manual_seed(seed)
     for half in ('weight', 'bias'):
         new[f'proj.0.{half}'], new[f'norm.{half}'] = was[f'proj.0.{half}'], _corner(was[f'norm.{half}'], new[f'norm.{half}'])*((d0/d)**.5 if half == 'weight' else 1)   # a norm over more numbers
-        rows = was[f'proj.2.{half}'].unflatten(0, (-1, d0)); rows = rows.repeat(-(-num_tokens//len(rows)), *[1]*(rows.ndim - 1))[:num_tokens]
-        rows = rows*(1 + .02*torch.randn(len(rows), *[1]*(rows.ndim - 1), generator=g))     # or the repeated ones would stay alike for ever
+        rows = was[f'proj.2.{half}'].unflatten(0, (-1, d0)); copy = torch.arange(num_tokens) >= len(rows); rows = rows.repeat(-(-num_tokens//len(rows)), *[1]*(rows.ndim - 1))[:num_tokens]
+        rows = rows*(1 + .02*copy.view(-1, *[1]*(rows.ndim - 1))*torch.randn(rows.shape, generator=g))     # or the repeated ones would stay alike for ever
         new[f'proj.2.{half}'] = _corner(rows, new[f'proj.2.{half}'].unflatten(0, (-1, d))).flatten(0, 1)
     new['norm.weight'][d0:] = 1
     if 'plus' in variant: new.update(_wider(was, new) if 'plus' in known.variant else _quiet(new, variant == 'plus'))
@@ -325,10 +325,10 @@ def _wider(was, new):
     return out
 
 def _quiet(state, plus):
-    "A resampler that begins as the identity tokens (Plus), or as a tenth of them (PlusV2)."
+    "A resampler that begins as the identity tokens (Plus), or as six tenths of them (PlusV2); from a tenth it was pulled to nothing before it had learnt to read."
     p = 'perceiver_resampler.'; out = {k: torch.zeros_like(v) for k, v in state.items() if k.startswith(p) and (k.endswith('0.to_out.weight') or k.endswith('1.3.weight'))} if plus else {}
     out |= {f'{p}proj_out.weight': torch.eye(len(state[f'{p}proj_out.weight'])), f'{p}proj_out.bias': torch.zeros_like(state[f'{p}proj_out.bias'])}
-    return out | ({f'{p}norm_out.{h}': state[f'norm.{h}'].clone() for h in ('weight', 'bias')} if plus else {f'{p}norm_out.weight': .1*torch.ones_like(state[f'{p}norm_out.weight'])})
+    return out | ({f'{p}norm_out.{h}': state[f'norm.{h}'].clone() for h in ('weight', 'bias')} if plus else {f'{p}norm_out.weight': .6*torch.ones_like(state[f'{p}norm_out.weight'])})
 
 # %% ../nbs/18_train.ipynb #de948517
 def has_bf16(device='cpu'):
