@@ -406,8 +406,12 @@ def from_diffusers(
     processors,    # names of `unet.attn_processors`, in order
     variant=None,  # needed for Plus and PlusV2: diffusers keeps the shortcut as a switch, not in the tensors
 ) -> Checkpoint:
-    "The way back. Raises `CheckpointError`."
+    "The way back. Raises `CheckpointError`, `BaseModelError`."
     proj, ip, lora, number = {}, {}, {}, {n.removesuffix('.processor'): i for i, n in enumerate(processors)}; back = {b: a for a, b in _RENAMED.items()}
+    if len(several := {m[1] for k in state if (m := re.match(r'encoder_hid_proj\.image_projection_layers\.(\d+)\.', k))}) > 1:
+        raise CheckpointError(f'{len(several)} adapters are loaded in this UNet', 'Their LoRAs cannot be told apart', 'Load one alone')
+    if strange := [k for k in state if (m := re.match(r'(.*)\.processor\.to_[kv]_ip\.', k)) and m[1] not in number]:
+        raise BaseModelError('The names of the processors are of another UNet', f'They lack {strange[0]}', 'Give list(unet.attn_processors) of the UNet that the tensors are from')
     plus = any(k.startswith(f'{_PROJ}proj_in.') for k in state); inside = '' if f'{_PROJ}latents' in state else 'perceiver_resampler.'
     for k, t in state.items():
         if k.startswith(_PROJ):

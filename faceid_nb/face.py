@@ -213,7 +213,7 @@ PACKS = dict(  # name: detector file, recogniser file, megabytes to download, la
     buffalo_m=('det_2.5g.onnx', 'w600k_r50.onnx', 263, (640, 320, 160, 1280)),
     buffalo_s=('det_500m.onnx', 'w600k_mbf.onnx', 122, (640, 320, 160, 1280)),
     antelopev2=('scrfd_10g_bnkps.onnx', 'glintr100.onnx', 344, (640, 320, 160, 1280)))
-PACK_SUMS = dict(  # SHA-256 of the archives, as published with insightface's release
+PACK_SUMS = dict(  # SHA-256 of the archives, as many public projects pin them; insightface publishes none
     buffalo_l='80ffe37d8a5940d59a7384c201a2a38d4741f2f3c51eef46ebb28218a7b0ca2f', antelopev2='8e182f14fc6e80b3bfa375b33eb6cff7ee05d8ef7633e738d1c89021dcf0c5c5')
 LICENCE = 'InsightFace packs are for non-commercial research only'
 

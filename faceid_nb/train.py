@@ -293,7 +293,8 @@ def grow(
     known, known_unet,     # a trained `FaceIDAdapter`, and the UNet it is for
     unet, variant='plusv2', num_tokens=4, rank=16, seed=0, clip_embeddings_dim=1280,  # as for `FaceIDAdapter.new`
 ):
-    "A fresh adapter, perhaps of another variant and for a wider UNet, that knows what `known` knows."
+    "A fresh adapter, perhaps of another variant and for a wider UNet, that knows what `known` knows. Raises ArgumentError."
+    if known.raw: raise ArgumentError('An adapter that reads raw embeddings knows nothing that another can use', f'it is {known.variant}, unnormalised', 'Start from a FaceID checkpoint')
     fresh, old = (a.state_dict() for a in (FaceIDAdapter.new(unet, variant, num_tokens, rank, seed, clip_embeddings_dim), known))
     new, was = fresh['image_proj'], {k: v.float() for k, v in old['image_proj'].items()}; d, d0 = len(new['norm.weight']), len(was['norm.weight']); g = torch.Generator().manual_seed(seed)
     for half in ('weight', 'bias'):
@@ -302,7 +303,7 @@ def grow(
         rows = rows*(1 + .02*copy.view(-1, *[1]*(rows.ndim - 1))*torch.randn(rows.shape, generator=g))     # or the repeated ones would stay alike for ever
         new[f'proj.2.{half}'] = _corner(rows, new[f'proj.2.{half}'].unflatten(0, (-1, d))).flatten(0, 1)
     new['norm.weight'][d0:] = 1
-    if 'plus' in variant: new.update(_wider(was, new) if 'plus' in known.variant else _quiet(new, variant == 'plus'))
+    if 'plus' in variant: new.update(_wider(was, new) if known.variant == variant else _quiet(new, variant == 'plus'))
     layers, before = fresh['ip_adapter'], {k: v.float() for k, v in old['ip_adapter'].items()}; number = {path: i for i, (path, *_) in enumerate(cross_attention_layers(known_unet))}
     for i, (path, _, cross) in enumerate(cross_attention_layers(unet)):
         j = number.get(path)
@@ -315,13 +316,15 @@ def grow(
 
 def _wider(was, new):
     "A resampler that has learnt, in a wider one: what is new in the width stays silent."
-    out, d0, d = {}, len(was['norm.weight']), len(new['norm.weight'])
+    out, d0, d, p = {}, len(was['norm.weight']), len(new['norm.weight']), 'perceiver_resampler.'
+    if was[f'{p}proj_in.weight'].shape[1] != new[f'{p}proj_in.weight'].shape[1]: raise ArgumentError('The two read states of different widths', f"{was[f'{p}proj_in.weight'].shape[1]} and {new[f'{p}proj_in.weight'].shape[1]}", 'Use the image encoder of the known adapter')
     for k, v in new.items():
-        if not k.startswith('perceiver_resampler.'): continue
-        w = was[k]; halves = 2 if k.endswith('to_kv.weight') else 1                               # keys and values lie on top of each other
-        part = v.unflatten(0, (halves, -1)).clone(); part[:, len(w)//halves:] = 0 if v.ndim > 1 and len(v) == d else part[:, len(w)//halves:]
-        part[(slice(None), *(slice(n) for n in (len(w)//halves, *w.shape[1:])))] = w.unflatten(0, (halves, -1))*((d0/d)**.5 if 'norm' in k and k.endswith('weight') or k.endswith('1.0.weight') else 1)
-        out[k] = part.flatten(0, 1)
+        if not k.startswith(p): continue
+        halves = 2 if k.endswith('to_kv.weight') else 1                                  # keys and values lie on top of each other
+        old, part = was[k].unflatten(0, (halves, -1)), v.unflatten(0, (halves, -1)).clone()
+        if v.ndim > 1 and len(v) == d: part[:, old.shape[1]:] = 0                        # what leaves into the new width
+        if k.endswith('weight') and v.ndim == 1: old = old*(d0/d)**.5                    # a norm over more numbers
+        part[tuple(slice(n) for n in old.shape)] = old; out[k] = part.flatten(0, 1)
     return out
 
 def _quiet(state, plus):

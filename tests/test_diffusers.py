@@ -4,7 +4,7 @@ import torch
 import goldens_build as G
 from faceid_nb import checkpoint as C
 from faceid_nb.adapter import FaceIDAdapter
-from faceid_nb.errors import CheckpointError, LoRAError
+from faceid_nb.errors import BaseModelError, CheckpointError, LoRAError
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 VARIANTS = ['faceid', 'plus', 'plusv2', 'portrait']
@@ -75,6 +75,12 @@ def test_round_trips(tmp_path, variant):
 def test_a_unet_without_an_adapter():
     unet = G.pipeline('sd').unet
     with pytest.raises(CheckpointError, match='No FaceID adapter'): C.from_diffusers(unet.state_dict(), list(unet.attn_processors))
+
+
+def test_names_of_another_unet_and_two_adapters_are_refused():
+    unet = G.pipeline('sd').unet; names = list(unet.attn_processors); state = random_adapter(unet, 'faceid', 5).state_dict(); held = C.to_diffusers(C.check_state(state), names)
+    with pytest.raises(BaseModelError, match='another UNet'): C.from_diffusers(held, names[:2])
+    with pytest.raises(CheckpointError, match='2 adapters'): C.from_diffusers(held | {k.replace('layers.0.', 'layers.1.', 1): t for k, t in held.items() if 'hid_proj' in k}, names)
 
 
 @pytest.mark.parametrize('photos', [1, 2, 3, 5, 7])

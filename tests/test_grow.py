@@ -62,6 +62,21 @@ def test_a_trained_resampler_grows_into_a_wider_one():
     assert cos(w, r) > .9 > .5 > abs(cos(f, r))
 
 
+def test_what_cannot_be_grown_is_refused():
+    from faceid_nb.errors import ArgumentError
+    unet = G.pipeline('sd').unet; a = FaceIDAdapter.new(unet, 'plusv2', rank=2, clip_embeddings_dim=32)
+    with pytest.raises(ArgumentError, match='different widths'): T.grow(a, unet, unet, 'plusv2', clip_embeddings_dim=48)
+    a.raw = True
+    with pytest.raises(ArgumentError, match='unnormalised'): T.grow(a, unet, unet, 'faceid')
+
+
+def test_another_variant_does_not_take_over_the_resampler():
+    "What Plus's resampler says is the person; PlusV2's only adds to the person."
+    unet = G.pipeline('sd').unet; a = FaceIDAdapter.new(unet, 'plus', rank=2, clip_embeddings_dim=32); G.fill_(a.net, 2); key = 'perceiver_resampler.layers.0.0.to_q.weight'
+    same, other = (T.grow(a, unet, unet, v, rank=2, clip_embeddings_dim=32).state_dict()['image_proj'][key] for v in ('plus', 'plusv2'))
+    was = a.state_dict()['image_proj'][key]; assert torch.equal(same, was) and not torch.equal(other, was)
+
+
 # --- the base in the shape of SDXL
 
 def test_the_sdxl_unet_begins_as_the_old_one():

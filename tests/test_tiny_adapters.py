@@ -148,3 +148,51 @@ def test_a_probe_looks_with_the_averaged_weights(photos, judged, tmp_path):
     probe.judge, probe.faces, probe.known, probe.texts, probe.seed, probe.ceiling, probe.how = judged, [judged.reader.best(r) for r in references], judged(references), ['a', 'b'], 0, 1., dict(num_inference_steps=1)
     for f in train(pipe, A.training_table(tmp_path, pipe.tokenizer, held=2), steps=1, batch=4, rank=4, gauge=0, mixed_precision='no', watch=probe): pass
     assert {'gap', 'rank1', 'found'} <= set(f) and f['found'] == 1 and not pipe.unet._forward_pre_hooks
+
+
+# --- structure, several photographs, starting from what is known
+
+def test_captions_keep_all_but_the_mood():
+    import random
+    texts = [f'photo of a woman in a red shirt, {m}, beach background, wearing glasses' for m in drawn.EXPRESSIONS]*50
+    bare = A.unsaid(texts, random.Random(0), 1.); assert set(bare) == {'photo of a woman in a red shirt, beach background, wearing glasses'}
+    kept = sum(a == b for a, b in zip(texts, A.unsaid(texts, random.Random(0)))); assert 10 < kept < 55       # 15% of 200
+    assert A.unsaid(texts, random.Random(0), 0.) == texts
+
+def test_only_structure_is_taught_with_silent_captions(tmp_path, photos):
+    "The same photographs with and without crops: other captions, and crops of the very pictures."
+    pipe = P.pipeline(); torch.save(photos, tmp_path/'photos.pt'); torch.save(dict(latents=torch.zeros(48, 8, 16, 16), boxes=photos['boxes']), tmp_path/'latents.pt'); torch.save(torch.randn(48, 512), tmp_path/'embeds.pt')
+    plain, crops = (A.training_table(tmp_path, pipe.tokenizer, held=4, crops=c) for c in (False, True))
+    assert plain.crops is None and crops.crops.shape == (48, 3, 64, 64) and not torch.equal(plain.ids, crops.ids)
+    assert A.captioned(tmp_path, pipe.tokenizer)['ids'].shape == plain.ids.shape
+
+@given(st.integers(5, 60), st.floats(-.95, .95), st.integers(0, 99))
+def test_correlation_is_pearsons_with_fishers_interval(n, r, seed):
+    g = np.random.default_rng(seed); a = g.normal(size=n); b = r*a + (1 - r*r)**.5*g.normal(size=n); b[0] = np.nan
+    got, low, high = A.correlation(a, b); assert got == pytest.approx(np.corrcoef(a[1:], b[1:])[0, 1], abs=1e-9) and low < got < high
+    assert math.atanh(high) - math.atanh(low) == pytest.approx(2*1.96/math.sqrt(n - 4), rel=1e-6)
+
+def test_start_from_goes_on_or_grows(tmp_path):
+    from faceid_nb.adapter import FaceIDAdapter
+    unet = P.pipeline().unet; a = FaceIDAdapter.new(unet, rank=4); file = a.save(tmp_path/'ip-adapter-faceid_sd15.safetensors')
+    same, was = A.start_from(file, unet, 'faceid', 4, 4).state_dict(), a.state_dict(); assert all(torch.equal(same[part][k], t) for part in was for k, t in was[part].items())
+    other = A.start_from(file, unet, 'plusv2', 4, 2, width=32); assert (other.variant, other.structure_width) == ('plusv2', 32)
+    assert torch.equal(other.state_dict()['image_proj']['proj.0.weight'], a.state_dict()['image_proj']['proj.0.weight'])
+
+@pytest.fixture(scope='module')
+def tiny():
+    from faceid_nb.models import TINY, load
+    faceid = load('tiny-plusv2', device='cpu'); faceid.pipe.set_progress_bar_config(disable=True)
+    return faceid, A.Judge(faceid.reader, TINY/'models'/'judge'/'rec.onnx'), A.load_reader(TINY/'reader.safetensors')
+
+def test_structure_is_evaluated(tiny):
+    table, pictures = A.evaluate_structure(*tiny, people=4, each=1, s_scales=(0., 1.5), num_inference_steps=8)
+    assert [r['s_scale'] for r in table['rows']] == [0., 1.5] and {k: len(v) for k, v in pictures['made'].items()} == {0.: 4, 1.5: 4}
+    assert all(0 < r['distance'][0] < .5 and -1 <= r['yaw'][1] <= r['yaw'][0] <= r['yaw'][2] <= 1 for r in table['rows'])
+    assert np.abs(np.array(pictures['made'][0.][0], float) - np.array(pictures['made'][1.5][0], float)).mean() > 1
+    text = A.show_structure(table); assert len(text.splitlines()) == 4 and f"{table['rows'][1]['mood'][0]:.2f} [" in text; json.dumps(table)
+
+def test_photographs_are_counted(tiny):
+    table, pictures = A.evaluate_photos(*tiny, people=3, each=1, counts=(1, 3), num_inference_steps=6)
+    assert [r['photos'] for r in table['rows']] == [1, 3] and table['rows'][0]['gain'][0] == 0 and len(table['rows'][1]['person']) == 3
+    assert table['rows'][1]['gain'][0] == pytest.approx(np.nanmean(np.subtract(table['rows'][1]['person'], table['rows'][0]['person'])), abs=1e-6); A.show_photos(table)

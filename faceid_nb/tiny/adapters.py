@@ -337,14 +337,15 @@ def show_structure(table):
 def evaluate_photos(
     faceid,          # a `FaceID`: Portrait reads them one by one, the others the mean of their embeddings
     judge, scenes,
-    people=32, each=2, counts=(1, 3, 5), seed=HELD_OUT, batch_size=64, **generate,
+    people=32, each=2, counts=(1, 3, 5), seed=HELD_OUT, batch_size=64, progress=False, **generate,
 ):
     "Table of likeness over the number of photographs, and pictures {count: list}."
+    from tqdm.auto import tqdm
     from faceid_nb.face import mean_face
     someone = drawn.sample_people(people, seed); shots = [[p.image for p in drawn.render(someone, seed=seed + 10 + k, size=256, hat=None, glasses=0)] for k in range(max(counts) + 1)]
     known = F.normalize(judge(shots[-1]), dim=1); shown = [[faceid.reader.best(p) for p in row] for row in shots[:-1]]; texts, wanted = questions(people*each, seed)   # the last photograph is for the judge alone
     table, made = dict(people=people, each=each, seed=seed, settings=generate, rows=[], photographs=_row(likeness(judge(shots[0])[:, None], known), {}, {})), {}
-    for n in counts:
+    for n in tqdm(counts, disable=not progress, desc='photographs'):
         faces = [[shown[k][i] for k in range(n)] for i in range(people)]
         if faceid.adapter.variant != 'portrait': faces = [mean_face(f) for f in faces]
         made[n] = faceid.generate([f for f in faces for _ in range(each)], texts, num_samples=1, seed=list(range(people*each)), batch_size=batch_size, **generate); scores = likeness(judge(made[n]).view(people, each, -1), known)
@@ -403,7 +404,7 @@ def arguments(argv=None):
     t.add_argument('--num-tokens', type=int, default=4); t.add_argument('--seed', type=int, default=0); t.add_argument('--recogniser', help='rec.pt: adds the identity loss'); t.add_argument('--identity-weight', type=float, default=.1); t.add_argument('--identity-below', type=int, default=300, help='noise steps'); t.add_argument('--identity-rows', type=int, default=8); t.add_argument('--pack', help='folder with models/: likeness of held-out people is measured on the way'); t.add_argument('--gauge-every', type=int, default=200)
     e = sub.add_parser('evaluate', help='likeness and prompt adherence over scale'); e.add_argument('--model', default='tiny-faceid'); e.add_argument('--people', type=int, default=32); e.add_argument('--each', type=int, default=4)
     for name, say in (('structure', 'Plus and PlusV2: likeness and structure over s_scale'), ('photos', 'likeness over the number of photographs')):
-        q = sub.add_parser(name, help=say); q.add_argument('--model', default=dict(structure='tiny-plusv2', photos='tiny-portrait')[name]); q.add_argument('--people', type=int, default=32); q.add_argument('--each', type=int, default=2)
+        q = sub.add_parser(name, help=say); q.add_argument('--model', default=dict(structure='tiny-plusv2', photos='tiny-faceid')[name]); q.add_argument('--people', type=int, default=32); q.add_argument('--each', type=int, default=2)
     b = sub.add_parser('base', help='the pipeline alone: are prompts followed?'); b.add_argument('--n', type=int, default=256); b.add_argument('--base', default='sd', choices=['sd', 'sdxl'])
     r = sub.add_parser('reader', help='the reader of scenes'); r.add_argument('--parts', required=True); r.add_argument('--steps', type=int, default=1500); r.add_argument('--out', required=True)
     for p in (e, b, *(sub.choices[k] for k in ('structure', 'photos'))):
@@ -421,7 +422,7 @@ def _evaluate(a):
         table, images = evaluate_base(pipe, scenes, judge, a.n, **how); text, picture = show_base(table), sheet([images[k:k + 16] for k in range(0, min(96, a.n), 16)], tile=32)
     else:
         faceid = load(a.model, folder=a.folder); faceid.pipe.set_progress_bar_config(disable=True); run, show = dict(evaluate=(evaluate, show_table), structure=(evaluate_structure, show_structure), photos=(evaluate_photos, show_photos))[a.what]
-        table, pictures = run(faceid, Judge(faceid.reader, judge_file), scenes, a.people, a.each, **how); table['model'] = a.model; text, picture = show(table), scale_sheet(pictures, a.each)
+        table, pictures = run(faceid, Judge(faceid.reader, judge_file), scenes, a.people, a.each, progress=True, **how); table['model'] = a.model; text, picture = show(table), scale_sheet(pictures, a.each)
     print(text, flush=True); name = ('base' if a.base == 'sd' else f'base-{a.base}') if a.what == 'base' else a.model if a.what == 'evaluate' else f'{a.model}-{a.what}'
     if a.out: out = Path(a.out); out.mkdir(parents=True, exist_ok=True); (out/f'{name}.json').write_text(json.dumps(table, indent=1) + '\n'); picture.quantize(192).save(out/f'{name}.png', optimize=True)
 

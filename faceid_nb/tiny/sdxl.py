@@ -7,7 +7,7 @@ __all__ = ['some_captions', 'first_encoder', 'second_encoder', 'new_unet_sdxl', 
            'save_sdxl', 'main']
 
 # %% ../../nbs/tiny/sdxl.ipynb #3ef6437f
-import argparse, json, random
+import argparse, random
 from pathlib import Path
 import torch
 from torch import nn
@@ -102,7 +102,7 @@ def train_sdxl(
     yield from fit(parts, loss, minutes=minutes, lr=lr, checkpoint=Path(out)/'sdxl.ckpt', **fit_arguments)
     yield dict(parts=parts.eval().cpu())
 
-def save_sdxl(parts, sd, out, dtype=torch.float16):
+def save_sdxl(parts, sd, out, dtype=torch.float16):  # `sd` lends its VAE and tokenizer, and is turned into `dtype` with them
     "A StableDiffusionXLPipeline folder."
     from diffusers import StableDiffusionXLPipeline
     from diffusers.models.attention_processor import AttnProcessor2_0
