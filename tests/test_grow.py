@@ -88,7 +88,9 @@ def test_the_sdxl_unet_begins_as_the_old_one():
 
 
 def test_sdxl_text_is_what_the_pipeline_makes():
-    pipe = G.pipeline('sdxl'); ids = T.caption_ids(pipe.tokenizer, ['a b', 'b a b a', ''])
+    import copy
+    pipe = G.pipeline('sdxl'); pipe.tokenizer_2 = copy.deepcopy(pipe.tokenizer); pipe.tokenizer_2.pad_token = pipe.tokenizer_2.convert_ids_to_tokens(0)    # as SDXL's, which fills up with '!'
+    assert pipe.tokenizer_2.pad_token_id == 0 != pipe.tokenizer.pad_token_id; ids = T.caption_ids(pipe.tokenizer, ['a b', 'b a b a', ''])
     with torch.no_grad():
         states, added = T.encode_sdxl(pipe.text_encoder, pipe.text_encoder_2, ids, 32, pipe.tokenizer_2.pad_token_id)
         want, _, pooled, _ = pipe.encode_prompt(['a b', 'b a b a', ''], device='cpu', num_images_per_prompt=1, do_classifier_free_guidance=False)
