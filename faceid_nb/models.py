@@ -45,7 +45,10 @@ VIT_H = 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'
 MODELS = {m.name: m for m in (
     Model('tiny-faceid', 'faceid', 'ip-adapter-faceid_sd15.safetensors'),
     Model('tiny-faceid-lora', 'faceid', 'ip-adapter-faceid_sd15.safetensors', 'ip-adapter-faceid_sd15_lora.safetensors'),
+    Model('tiny-plus', 'plus', 'ip-adapter-faceid-plus_sd15.safetensors', encoder='image_encoder'),
     Model('tiny-plusv2', 'plusv2', 'ip-adapter-faceid-plusv2_sd15.safetensors', encoder='image_encoder'),
+    Model('tiny-portrait', 'portrait', 'ip-adapter-faceid-portrait_sd15.safetensors'),
+    Model('tiny-sdxl-faceid', 'faceid', 'ip-adapter-faceid_sdxl.safetensors', base='sdxl'),
     Model('sd15-faceid', 'faceid', 'ip-adapter-faceid_sd15.bin', **SD15),
     Model('sd15-faceid-lora', 'faceid', 'ip-adapter-faceid_sd15.bin', 'ip-adapter-faceid_sd15_lora.safetensors', **SD15),
     Model('sd15-plus', 'plus', 'ip-adapter-faceid-plus_sd15.bin', encoder=VIT_H, **SD15),

@@ -25,7 +25,7 @@ class StructureEncoder:
     def from_pretrained(cls, path, device=None, dtype=None, cache_dir=None, download=True):
         "From a folder or a name on the hub. Raises WeightsMissingError, BaseModelError."
         from transformers import CLIPVisionModelWithProjection
-        try: return cls(CLIPVisionModelWithProjection.from_pretrained(path, cache_dir=cache_dir, local_files_only=not download or Path(path).exists()), device, dtype)
+        try: return cls(CLIPVisionModelWithProjection.from_pretrained(path, dtype=dtype or torch.float32, cache_dir=cache_dir, local_files_only=not download or Path(path).exists()), device, dtype)
         except Exception as e:
             if Path(path).exists(): raise BaseModelError(f'{path} is not a CLIP vision model', f'{type(e).__name__}: {str(e).splitlines()[0][:160]}', 'Give the folder of an image encoder, such as laion/CLIP-ViT-H-14-laion2B-s32B-b79K') from e
             from faceid_nb.models import missing

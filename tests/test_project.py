@@ -207,7 +207,7 @@ def test_constraints_allow_the_ranges():
 
 def test_repository_stays_small():
     weights = [p for p in (ROOT/'faceid_nb'/'weights').rglob('*') if p.is_file()]
-    assert sum(p.stat().st_size for p in weights) <= 80e6
+    assert sum(p.stat().st_size for p in weights) <= 100e6   # two UNets are 43 of them
     assert max([p.stat().st_size for p in weights], default=0) <= 50e6
     rest = [p for folder in ('nbs', 'tests', 'faceid_nb') for p in (ROOT/folder).rglob('*')
             if p.is_file() and not {'weights', '__pycache__', '.ipynb_checkpoints'} & set(p.parts)]

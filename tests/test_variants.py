@@ -213,3 +213,26 @@ def test_portrait_v11_is_laid_out_as_the_first(name, tmp_path):
     if name.endswith('.bin'): torch.save(state, tmp_path/name)
     else: save_file({f'{p}.{k}': t for p in state for k, t in state[p].items()}, tmp_path/name)
     a = FaceIDAdapter.from_file(tmp_path/name); assert (a.variant, a.num_tokens, a.raw, a.structure_width) == ('portrait', 16, False, None)
+
+
+# -- what an adapter has to know of its base, and how far photographs of one person agree
+
+def test_facts_of_both_families():
+    from faceid_nb.sdxl import base_facts
+    sd, xl = base_facts(gold.pipeline('sd')), base_facts(gold.pipeline('sdxl'))
+    assert (sd['text encoders'], xl['text encoders']) == (1, 2) and sd['also told to the UNet'] == 'nothing' and xl['also told to the UNet'] == 'text_time'
+    for f, pipe in ((sd, gold.pipeline('sd')), (xl, gold.pipeline('sdxl'))):
+        names = [n for n, _ in pipe.unet.named_modules() if n.endswith(('attn1', 'attn2'))]
+        assert f['attention layers'] == len(names) and f['of which read words'] == sum(n.endswith('attn2') for n in names) and f['width of a word'] == pipe.unet.config.cross_attention_dim
+        assert abs(f['parameters (million)'] - sum(p.numel() for p in pipe.unet.parameters())/1e6) <= .05
+
+
+def test_agreement_is_the_mean_cosine_with_the_others():
+    import numpy as np
+    from faceid_nb.errors import ArgumentError
+    from faceid_nb.portrait import agreement
+    rng = np.random.default_rng(0); e = rng.normal(size=(4, 512)); unit = e/np.linalg.norm(e, axis=1, keepdims=True)
+    want = [np.mean([unit[i] @ unit[j] for j in range(4) if j != i]) for i in range(4)]
+    assert np.allclose(agreement(e), want) and np.allclose(agreement(3*e), want)
+    person = rng.normal(size=512); five = np.stack([person + .5*rng.normal(size=512) for _ in range(4)] + [rng.normal(size=512)]); assert agreement(five).argmin() == 4 and agreement(five)[4] < .2 < agreement(five)[:4].min()
+    with pytest.raises(ArgumentError, match='nothing to agree'): agreement(e[:1])
