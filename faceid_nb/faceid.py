@@ -107,6 +107,7 @@ def run_rows(
     **more,           # knobs of `condition`, arguments of the pipeline
 ):
     "Make rows in batches; yields (rows, pictures) of each batch. A batch that is stopped is not yielded."
+    who = lambda row: [row.face] if adapter.variant == 'portrait' and (isinstance(row.face, Face) or getattr(row.face, 'ndim', 0) == 1) else row.face   # one photograph is a list of one
     size, images, steps = int(batch_size or len(rows)), [], num_inference_steps
     knobs = {k: more.pop(k) for k in _KNOBS if k in more}
     for at in range(0, len(rows), size):
@@ -115,7 +116,7 @@ def run_rows(
         callback = watch(part, images, at // size * steps, -(-len(rows) // size) * steps, stop, on_step, more.get('callback_on_step_end'))
         inputs = {*more.get('callback_on_step_end_tensor_inputs', ()), 'latents'}
         seen = {} if part[0].structure is None else dict(structure=torch.stack([r.structure for r in part]), negative_structure=nobody)
-        with torch.no_grad(), adapter.condition([r.face for r in part], scale=[r.scale for r in part], s_scale=[r.s_scale for r in part], **seen, **knobs):
+        with torch.no_grad(), adapter.condition(list(map(who, part)), scale=[r.scale for r in part], s_scale=[r.s_scale for r in part], **seen, **knobs):
             made = pipe(prompt=[r.prompt for r in part], negative_prompt=[r.negative_prompt for r in part], num_inference_steps=steps,
                 generator=[torch.Generator().manual_seed(r.seed) for r in part], **{**more, **own, 'callback_on_step_end': callback, 'callback_on_step_end_tensor_inputs': list(inputs)}).images
         if stop is not None and stop.is_set(): return

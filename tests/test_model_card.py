@@ -118,3 +118,12 @@ def test_portrait(photographs, app, pipe):
     ip_model = SeparateFaceID(pipe(), str(TINY/'ip-adapter-faceid-portrait_sd15.safetensors'), DEVICE, num_tokens=16, n_cond=n_cond)
     images = ip_model.generate(prompt='photo of a woman in a red shirt, beach background', negative_prompt=NEGATIVE, faceid_embeds=faceid_embeds, num_samples=4, width=SIZE, height=SIZE, num_inference_steps=30, seed=2023)
     looks_right(images, photographs[0])
+
+
+@needs('ip-adapter-faceid-portrait_sd15.safetensors')
+def test_portrait_of_one_photograph_by_name(photographs):
+    "A single face, with several pictures of it, is one person in one photograph, not several photographs of one."
+    from faceid_nb.models import load
+    model = load('tiny-portrait', device='cpu'); model.pipe.set_progress_bar_config(disable=True); face = model.reader.best(photographs[0])
+    a, b = (model.generate(f, 'photo of a person in a red shirt', num_samples=2, seed=3, num_inference_steps=4) for f in (face, [[face]]))
+    assert len(a) == 2 and [i.tobytes() for i in a] == [i.tobytes() for i in b]
