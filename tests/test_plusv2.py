@@ -69,11 +69,11 @@ def test_a_resampler_learns_its_lesson(shortcut):
         def normalised(self, crops): return crops
         def states(self, rows): return states[rows]
     E = torch.nn.functional.normalize(torch.randn(n, 512), dim=1); before = {k: v.clone() for k, v in net.state_dict().items()}; goal = lesson_goal(net, scores); rows = torch.arange(n - 100, n)
-    figures = list(teach_resampler(net, Table(), Encoder(), goal, steps=200 if shortcut else 600, batch=32))
+    figures = list(teach_resampler(net, Table(), Encoder(), goal, steps=200 if shortcut else 1000, batch=32))
     assert [f['lesson'] for f in figures][:4] == [50, 100, 150, 200] and figures[-1]['error'] < figures[0]['error'] and all(p.requires_grad for p in net.parameters())
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items() if not k.startswith('perceiver'))
     with torch.no_grad():
         x, r = net.parts(E[rows], states[rows]); wanted = goal(rows, E[rows]); person = (.6 if shortcut else 1.6)*x
         said, asked = (r - person).flatten(), (wanted - person).flatten()
-    assert float(torch.corrcoef(torch.stack([said, asked]))[0, 1]) > (.8 if shortcut else .6) and float((wanted - person).norm()) > 0
+    assert float(torch.corrcoef(torch.stack([said, asked]))[0, 1]) > .8 and float((wanted - person).norm()) > 0
     assert abs(float((r*x).sum()/(x*x).sum()) - (.6 if shortcut else 1.6)) < .15

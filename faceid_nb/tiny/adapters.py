@@ -458,6 +458,7 @@ def arguments(argv=None):
     r = sub.add_parser('reader', help='the reader of scenes'); r.add_argument('--parts', required=True); r.add_argument('--steps', type=int, default=1500); r.add_argument('--out', required=True)
     for p in (e, b, *(sub.choices[k] for k in ('structure', 'photos'))):
         p.add_argument('--folder', help='a pack in the making; the one that ships by default'); p.add_argument('--guidance', type=float, default=7.5); p.add_argument('--inference-steps', type=int, default=30)
+        if p is not b: p.add_argument('--levels', type=lambda t: [float(v) for v in t.split(',')], help='scales, s_scales or numbers of photographs, with commas between; Plus has no s_scale, so one is enough')
         p.add_argument('--out', help='folder for table and pictures'); p.add_argument('--reader', help="the reader's file; FOLDER/reader.safetensors by default")
     return a.parse_args(argv)
 
@@ -471,7 +472,8 @@ def _evaluate(a):
         table, images = evaluate_base(pipe, scenes, judge, a.n, **how); text, picture = show_base(table), sheet([images[k:k + 16] for k in range(0, min(96, a.n), 16)], tile=32)
     else:
         faceid = load(a.model, folder=a.folder); faceid.pipe.set_progress_bar_config(disable=True); run, show = dict(evaluate=(evaluate, show_table), structure=(evaluate_structure, show_structure), photos=(evaluate_photos, show_photos))[a.what]
-        table, pictures = run(faceid, Judge(faceid.reader, judge_file), scenes, a.people, a.each, progress=True, **how); table['model'] = a.model; text, picture = show(table), scale_sheet(pictures, a.each)
+        more = {} if not a.levels else dict(evaluate=dict(scales=a.levels), structure=dict(s_scales=a.levels), photos=dict(counts=[int(v) for v in a.levels]))[a.what]
+        table, pictures = run(faceid, Judge(faceid.reader, judge_file), scenes, a.people, a.each, progress=True, **more, **how); table['model'] = a.model; text, picture = show(table), scale_sheet(pictures, a.each)
     print(text, flush=True); name = ('base' if a.base == 'sd' else f'base-{a.base}') if a.what == 'base' else a.model if a.what == 'evaluate' else f'{a.model}-{a.what}'
     if a.out: out = Path(a.out); out.mkdir(parents=True, exist_ok=True); (out/f'{name}.json').write_text(json.dumps(table, indent=1) + '\n'); picture.quantize(192).save(out/f'{name}.png', optimize=True)
 
