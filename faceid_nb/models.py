@@ -49,6 +49,7 @@ MODELS = {m.name: m for m in (
     Model('tiny-plusv2', 'plusv2', 'ip-adapter-faceid-plusv2_sd15.safetensors', encoder='image_encoder'),
     Model('tiny-portrait', 'portrait', 'ip-adapter-faceid-portrait_sd15.safetensors'),
     Model('tiny-sdxl-faceid', 'faceid', 'ip-adapter-faceid_sdxl.safetensors', base='sdxl'),
+    Model('tiny-sdxl-plusv2', 'plusv2', 'ip-adapter-faceid-plusv2_sdxl.safetensors', base='sdxl', encoder='image_encoder'),
     Model('sd15-faceid', 'faceid', 'ip-adapter-faceid_sd15.bin', **SD15),
     Model('sd15-faceid-lora', 'faceid', 'ip-adapter-faceid_sd15.bin', 'ip-adapter-faceid_sd15_lora.safetensors', **SD15),
     Model('sd15-plus', 'plus', 'ip-adapter-faceid-plus_sd15.bin', encoder=VIT_H, **SD15),

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'Groups', 'LatentTable', 'Draws', 'step_generator', 'photo_files', 'read_faces', 'PhotoFolder', 'square',
            'caption_ids', 'add_noise', 'target_and_weight', 'face_map', 'weighted_error', 'drop_out', 'MergedLoRA',
-           'Gauge', 'likeness_loss', 'grow', 'has_bf16', 'encode_sdxl', 'Student', 'Prepared', 'Stepping', 'nothing',
-           'stem_of', 'write_adapter', 'Trainer', 'train', 'load_base', 'arguments', 'line', 'main']
+           'Gauge', 'estimate', 'likeness_loss', 'structure_loss', 'grow', 'has_bf16', 'encode_sdxl', 'Student',
+           'Prepared', 'Stepping', 'nothing', 'stem_of', 'write_adapter', 'Trainer', 'train', 'load_base', 'arguments',
+           'line', 'main']
 
 # %% ../nbs/18_train.ipynb #6cff43e7
 import argparse, itertools, json, math, os, sys, time, warnings
@@ -64,10 +65,11 @@ class LatentTable:
         rows=None,       # (N,) which of the M photographs the latents are of; the others only lend their embeddings
         crops=None,      # (M,3,s,s) uint8 aligned faces, for Plus
         several=None,    # Portrait: embeddings of so many other photographs, (B,several,512)
+        scores=None,     # (M,k) pose and mood in numbers; only a structure loss needs them
         held=0, same=False,  # see `Groups`
     ):
-        self.crops, self.several = crops, several; n, m = len(latents), len(embeds); self.latents, self.ids, self.embeds, self.boxes, self.landmarks = latents, ids, embeds, boxes, landmarks
-        for name, x, k in (('ids', ids[0], n), ('person', person, m), ('boxes', boxes, n), ('landmarks', landmarks, n), ('rows', rows, n), ('embeds', embeds, n if rows is None else m), ('crops', crops, m)):
+        self.crops, self.several, self.scores = crops, several, scores; n, m = len(latents), len(embeds); self.latents, self.ids, self.embeds, self.boxes, self.landmarks = latents, ids, embeds, boxes, landmarks
+        for name, x, k in (('ids', ids[0], n), ('person', person, m), ('boxes', boxes, n), ('landmarks', landmarks, n), ('rows', rows, n), ('embeds', embeds, n if rows is None else m), ('crops', crops, m), ('scores', scores, m)):
             if x is not None and len(x) != k: raise ArgumentError(f'{name} has {len(x)} rows', f'there are {n} latents and {m} embeddings', 'Make them from the same pictures')
         self.groups = Groups(person, held, same); self.at = torch.arange(m)
         if rows is None: return
@@ -78,7 +80,7 @@ class LatentTable:
     def __getitem__(self, at):
         i, u = at; k, j = (u[:, 1]*len(self.ids)).long().clamp(max=len(self.ids) - 1), self.at[i]; unit = lambda e: F.normalize(e.float(), dim=-1)
         batch = dict(latents=self.latents[j].float(), ids=self.ids[k, j].long(), embeds=unit(self.embeds[self.groups.partner(i, u[:, 0], self.several)]), own=unit(self.embeds[i]))
-        if self.crops is not None: batch['crops'] = self.crops[i]
+        batch |= {k: v[i] for k, v in dict(crops=self.crops, scores=self.scores).items() if v is not None}
         return batch | {k: v[j].float() for k, v in dict(boxes=self.boxes, landmarks=self.landmarks).items() if v is not None}
 
 # %% ../nbs/18_train.ipynb #7c152d39
@@ -189,10 +191,12 @@ def add_noise(
     g,            # torch.Generator, on the CPU
     offset=.1,    # share of noise that is the same everywhere, so that the model does not trust the picture's mean
     t=None,       # (B,) steps; drawn by default, middle ones more often
+    high=0.,      # share of rows with strong noise, the last four tenths of the steps; the others as before
 ):
     "Noisy latents, steps, the noise: x_t (B,C,h,w), t (B,), (B,C,h,w)"
     n, T = len(z), len(alpha_bar); r = lambda *s: torch.randn(*s, generator=g)
     if t is None: t = torch.where(torch.rand(n, generator=g) < .6, torch.sigmoid(r(n)), torch.rand(n, generator=g)).mul(T).long().clamp(max=T - 1)
+    if high: t = torch.where(torch.rand(n, generator=g) < high, (T*(.6 + .4*torch.rand(n, generator=g))).long().clamp(max=T - 1), t)
     noise = (r(*z.shape) + offset*r(*z.shape[:2], 1, 1)).to(z.device); t = t.to(z.device); a = alpha_bar[t].view(-1, 1, 1, 1)
     return a.sqrt()*z + (1 - a).sqrt()*noise, t, noise
 
@@ -264,8 +268,16 @@ class Gauge:
         return {k: float(weighted_error(predict(self.x, self.t, self.text, e), self.target, self.weight, self.place)) for k, e in who.items()}
 
 # %% ../nbs/18_train.ipynb #86247422
-def likeness_loss(
+def estimate(
     predicted, x, t,  # the network's answer (B,C,h,w), what it was asked, steps (B,)
+    alpha_bar, prediction='epsilon',
+):
+    "The clean latents that an answer means: (B,C,h,w)"
+    a = alpha_bar[t].view(-1, 1, 1, 1); p = predicted.float()
+    return (x - (1 - a).sqrt()*p)/a.sqrt() if prediction == 'epsilon' else a.sqrt()*x - (1 - a).sqrt()*p
+
+def likeness_loss(
+    predicted, x, t,  # as for `estimate`
     batch,            # with `own` (B,512) and `landmarks` (B,5,2)
     alpha_bar, vae,
     recogniser,       # function(pictures (n,3,H,W) in -1..1, landmarks (n,5,2) in pixels) -> (n,512), differentiable
@@ -274,10 +286,22 @@ def likeness_loss(
     "1 - cosine between the estimated picture's face and the true one's, over rows with faint noise; 0 where there is none."
     i = (t < below).nonzero()[:rows, 0]
     if not len(i): return predicted.sum()*0.
-    a = alpha_bar[t[i]].view(-1, 1, 1, 1); p = predicted[i].float()
-    z = (x[i] - (1 - a).sqrt()*p)/a.sqrt() if prediction == 'epsilon' else a.sqrt()*x[i] - (1 - a).sqrt()*p
-    pictures = vae.decode(z.to(vae.dtype)/vae.config.scaling_factor).sample.float().clamp(-1.2, 1.2)
+    pictures = vae.decode(estimate(predicted[i], x[i], t[i], alpha_bar, prediction).to(vae.dtype)/vae.config.scaling_factor).sample.float().clamp(-1.2, 1.2)
     return (1 - F.cosine_similarity(recogniser(pictures, batch['landmarks'][i]*pictures.shape[-1]).float(), batch['own'][i], dim=-1)).mean()
+
+# %% ../nbs/18_train.ipynb #2e48b56d
+def structure_loss(
+    predicted, x, t,  # as for `estimate`
+    batch,            # with `scores` (B,k)
+    alpha_bar,
+    reader,           # function(latents (n,C,h,w)) -> (n,k), differentiable
+    shown,            # (B,) 1 where the structure was shown to the network, 0 where it was not
+    above=600, prediction='epsilon',
+):
+    "Squared error between what a reader sees in the estimate and the picture's `scores`, over rows with strong noise; 0 where there is none."
+    i = ((t >= above) & (shown > 0)).nonzero()[:, 0]
+    if not len(i): return predicted.sum()*0.
+    return (reader(estimate(predicted[i], x[i], t[i], alpha_bar, prediction).clamp(-4, 4)).float() - batch['scores'][i]).square().mean()
 
 # %% ../nbs/18_train.ipynb #741c6540
 def _corner(t, like):
@@ -363,18 +387,20 @@ class Student(nn.Module):
 class Prepared:
     "Everything that one training has in hand, ready to begin."
     def __init__(self, pipe, data, adapter=None, *, variant='faceid', rank=64, num_tokens=4, encoder=None, structure_drop=.3, batch=16, accumulate=1, lr=1e-4, weight_decay=1e-2, warmup=100, ema=.999,
-                 drop=(.05, .05, .05), face=3., offset=.05, cap=20., identity=None, identity_weight=.1, identity_below=300, identity_rows=8, gauge=48, seed=0, workers=0,
+                 drop=(.05, .05, .05), face=3., offset=.05, cap=20., identity=None, identity_weight=.1, identity_below=300, identity_rows=8, structure=None, structure_weight=.1, structure_above=600, high=0., gauge=48, seed=0, workers=0,
                  mixed_precision=None, checkpointing=False, accelerator=None):
         from accelerate import Accelerator
-        for name, value, ok in (('structure_drop', structure_drop, 0 <= structure_drop < 1), ('batch', batch, batch >= 1), ('lr', lr, lr > 0), ('rank', rank, rank >= 0), ('ema', ema, 0 <= ema < 1),
+        for name, value, ok in (('structure_drop', structure_drop, 0 <= structure_drop < 1), ('batch', batch, batch >= 1), ('lr', lr, lr > 0), ('rank', rank, rank >= 0), ('high', high, 0 <= high <= 1), ('ema', ema, 0 <= ema < 1),
                                 ('drop', drop, len(drop) == 3 and min(drop) >= 0 and sum(drop) < 1)):
             if not ok: raise ArgumentError(f'{name} is out of range', f'found {value}', 'The defaults are a place to start')
         self.acc = accelerator or Accelerator(mixed_precision=mixed_precision or ('bf16' if has_bf16('cuda' if torch.cuda.is_available() else 'cpu') else 'no'), gradient_accumulation_steps=accumulate)
         self.pipe, self.data, self.unet, self.vae, self.prediction = pipe, data, pipe.unet, pipe.vae, pipe.scheduler.config.prediction_type
         self.batch, self.lr, self.warmup, self.ema, self.drop, self.face, self.offset, self.cap = batch, lr, warmup, ema, drop, face, offset, cap
+        self.structure, self.structure_weight, self.structure_above, self.high = structure, structure_weight, structure_above, high
         self.identity, self.identity_weight, self.identity_below, self.identity_rows, self.seed, self.workers, self.accumulate = identity, identity_weight, identity_below, identity_rows, seed, workers, self.acc.gradient_accumulation_steps
         self.device, self.step, self.spent = self.acc.device, 0, 0.
         self.alpha_bar, self.empty = pipe.scheduler.alphas_cumprod.float().to(self.device), caption_ids(pipe.tokenizer, [''])[0]
+        if structure and getattr(data, 'scores', None) is None: raise ArgumentError('A structure loss compares with what the pictures show', 'the data has no scores', 'Pass a LatentTable with scores=')
         self.readers = [e for e in (pipe.text_encoder, getattr(pipe, 'text_encoder_2', None)) if e is not None]    # SDXL has two
         self.side = getattr(data, 'size', None) or self.unet.config.sample_size*2**(len(self.vae.config.block_out_channels) - 1)
         for part in (self.unet, self.vae, *self.readers): part.requires_grad_(False).to(self.device)
@@ -431,7 +457,7 @@ class Stepping(Prepared):
         "One batch forwards and backwards: its figures."
         batch = self.ready(batch, g); z = batch['latents']
         ids, embeds = drop_out(batch['ids'], batch['embeds'], self.empty, torch.rand(len(z), generator=g).to(self.device), self.drop)
-        x, t, noise = add_noise(z, self.alpha_bar, g, self.offset); target, weight = target_and_weight(x, noise, t, self.alpha_bar, self.prediction, self.cap)
+        x, t, noise = add_noise(z, self.alpha_bar, g, self.offset, high=self.high); target, weight = target_and_weight(x, noise, t, self.alpha_bar, self.prediction, self.cap)
         place = face_map(batch['boxes'], *z.shape[-2:], self.face) if 'boxes' in batch else torch.ones_like(z[:, :1])
         text = self.encode(ids); weight_s = (torch.rand(len(z), generator=g) >= self.structure_drop).float() if self.encoder else 1.
         with self.condition(embeds, batch, weight_s), self.merged or nothing():   # open until the backward pass is done: checkpointing runs layers again
@@ -439,6 +465,9 @@ class Stepping(Prepared):
             if self.identity:
                 with self.acc.autocast(): unlike = likeness_loss(said, x, t, batch, self.alpha_bar, self.vae, self.identity, self.identity_below, self.identity_rows, self.prediction)
                 loss = loss + self.identity_weight*unlike; figures['unlike'] = float(unlike.detach())
+            if self.structure:
+                with self.acc.autocast(): amiss = structure_loss(said, x, t, batch, self.alpha_bar, self.structure, torch.as_tensor(weight_s).to(embeds.device)*(embeds != 0).any(-1), self.structure_above, self.prediction)
+                loss = loss + self.structure_weight*amiss; figures['amiss'] = float(amiss.detach())
             self.acc.backward(loss)
         return figures
     def learn(self, batches, lr):
@@ -545,7 +574,7 @@ def train(
     watch=None,        # function(trainer) -> dict of more figures, asked together with the gauge
     adapter=None,      # to go on training this one; a fresh one by default
     **settings,        # variant='faceid' ('plus', 'plusv2': with encoder, a `StructureEncoder`, and structure_drop=.3; 'portrait': with num_tokens=16, rank=0), rank=64, num_tokens=4, batch=16, accumulate=1, lr=1e-4, weight_decay=1e-2, warmup=100, ema=.999, drop=(.05, .05, .05), face=3. (weight of the face), offset=.05, cap=20.,
-):                     #   identity=None (recogniser for `likeness_loss`), identity_weight=.1, identity_below=300, identity_rows=8, gauge=48 (people), seed=0, workers=0, mixed_precision=None (bf16 where that is quicker), checkpointing=False, accelerator=None
+):                     #   identity=None (recogniser for `likeness_loss`), identity_weight=.1, identity_below=300, identity_rows=8, structure=None (reader for `structure_loss`), structure_weight=.1, structure_above=600, high=0. (share of rows with strong noise), gauge=48 (people), seed=0, workers=0, mixed_precision=None (bf16 where that is quicker), checkpointing=False, accelerator=None
     "Train a FaceID adapter; yields figures. At the end the averaged weights are in the adapter (the last line's `adapter`) and in `out`."
     if not (minutes or steps): raise ArgumentError('The length of the training is not given', 'neither minutes nor steps', 'Give one of them')
     run = Trainer(pipe, data, adapter, **settings); shown, saved, gauged = {}, time.time(), -1

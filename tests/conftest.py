@@ -11,6 +11,8 @@ ROOT = Path(__file__).parents[1]
 OFFLINE = dict(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1', DISABLE_TELEMETRY='1', MPLBACKEND='agg',
                TOKENIZERS_PARALLELISM='false')
 os.environ.update(OFFLINE)
+if 'PYTEST_XDIST_WORKER' in os.environ:   # several workers share the cores: more threads than that wait for each other
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1)))))
 sys.path.insert(0, str(ROOT/'tests'/'offline'))
 import sitecustomize  # noqa: E402  (here too a connection fails; a machine may have loaded its own sitecustomize)
 if not hasattr(sitecustomize, 'connect'):

@@ -110,6 +110,32 @@ def test_other_variants_train_on_the_same_parts(photos, tmp_path, variant, more)
     t = A.training_table(tmp_path, P.pipeline().tokenizer, held=2, crops=True, several=3); i = t.groups.rows[:3]; b = t[i, torch.rand(3, 2)]
     assert b['embeds'].shape == (3, 3, 512) and torch.equal(b['crops'], A.aligned(photos)[i])
 
+def test_a_structure_reader_reads_latents(photos):
+    "Pose that lies in the latents is read there, on people held out; rows without latents are left alone."
+    g = torch.Generator().manual_seed(0); n = 400; scores = torch.randn(2*n, 2, generator=g); z = torch.randn(n, 8, 16, 16, generator=g)*.3; z[:, :2] += scores[::2, :, None, None]
+    table = LatentTable(z, torch.zeros(1, n, 5), torch.randn(2*n, 512, generator=g), torch.arange(n).repeat_interleave(2), rows=torch.arange(0, 2*n, 2), scores=scores, held=100)
+    *_, last = A.train_structure_reader(table, steps=60, batch=32, log_every=30)
+    assert last['clear'] > .8 and last['vague'] > .6 and not any(p.requires_grad for p in last['reader'].parameters()) and last['reader_step'] == 60
+    assert A.correlation(last['reader'](z)[:, 0].detach(), scores[::2, 0])[0] > .8 and not torch.equal(A.vague(z, g), z)
+
+def test_structure_loss_by_command(photos, tmp_path):
+    import goldens_build as gold
+    parts(tmp_path, photos); P.pipeline().save_pretrained(tmp_path/'sd'); gold.image_encoder().save_pretrained(tmp_path/'eye')
+    train = lambda **more: list(A.train_tiny(tmp_path, tmp_path/'out', steps=2, batch=4, rank=4, held=2, mixed_precision='no', variant='plusv2', encoder=tmp_path/'eye', high=1., **more))
+    figures = train(structure_weight=.1, reader_steps=3); assert [f['reader_step'] for f in figures if 'reader_step' in f][-1] == 3 and 'amiss' in figures[-1] and 'amiss' not in train()[-1]
+
+def test_what_ships_weighs_structure_in_another_unit(tmp_path, capsys):
+    from faceid_nb.adapter import FaceIDAdapter
+    from faceid_nb.models import TINY
+    file = TINY/'ip-adapter-faceid-plusv2_sd15.safetensors'; assert A.main(['ship', '--checkpoint', str(file), '--gain', '.4', '--out', str(tmp_path)]) == 0
+    old, new = (FaceIDAdapter.from_file(f).to(torch.float32) for f in (file, tmp_path/file.name)); g = torch.Generator().manual_seed(0)
+    e, states = torch.nn.functional.normalize(torch.randn(2, 512, generator=g), dim=1), torch.randn(2, 65, old.structure_width, generator=g)
+    with torch.no_grad(): a, b, far = old.tokens(e, states, .4), new.tokens(e, states, 1.), old.tokens(e, states, 1.); assert torch.allclose(a, b, atol=5e-3) and (far - b).abs().max() > .1
+    with torch.no_grad(): assert torch.equal(old.tokens(e, states, 0.), new.tokens(e, states, 0.))
+    assert A.main(['ship', '--checkpoint', str(TINY/'ip-adapter-faceid_sd15.safetensors'), '--gain', '.4', '--out', str(tmp_path)]) == 2 and 'Only PlusV2' in capsys.readouterr().err
+
+def test_levels_are_read_off_the_command_line(): assert A.arguments(['evaluate', '--levels', '0,.5,1']).levels == [0., .5, 1.] and A.arguments(['photos']).levels is None
+
 def test_commands_say_what_is_missing(tmp_path, capsys):
     assert A.main(['evaluate', '--folder', str(tmp_path)]) == 1 and 'reader' in capsys.readouterr().err
     assert A.main(['train', '--parts', str(tmp_path), '--out', str(tmp_path/'o'), '--steps', '1']) == 1 and 'base model' in capsys.readouterr().err

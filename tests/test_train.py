@@ -183,7 +183,7 @@ def test_every_row_without_identity_reads_the_zero_embedding(pipe, table):
     finally: del run.adapter.condition; run.close()
     assert float(seen[0].abs().max()) == 0
 
-@pytest.mark.parametrize('bad', [dict(batch=0), dict(lr=0), dict(rank=-1), dict(ema=1.), dict(drop=(.5, .5, .5)), dict(drop=(.1, .1))])
+@pytest.mark.parametrize('bad', [dict(batch=0), dict(lr=0), dict(rank=-1), dict(ema=1.), dict(high=1.5), dict(drop=(.5, .5, .5)), dict(drop=(.1, .1))])
 def test_arguments_out_of_range(pipe, table, bad):
     with pytest.raises(ArgumentError, match=next(iter(bad))): run(pipe, table, steps=1, **bad)
 def test_length_must_be_said(pipe, table):
@@ -209,6 +209,27 @@ def test_likeness_loss_pulls_towards_the_person(pipe):
 def test_identity_loss_in_the_loop(pipe, table):
     W = torch.randn(512, 3*64*64)/100; f = run(pipe, table, steps=2, batch=8, identity=lambda x, l: x.flatten(1) @ W.T)
     assert np.isfinite(f[-1]['unlike'])
+
+# --- structure as a loss
+
+@pytest.mark.parametrize('prediction', ['epsilon', 'v_prediction'])
+def test_the_right_answer_means_the_clean_picture(pipe, prediction):
+    alpha_bar = pipe.scheduler.alphas_cumprod; z = torch.randn(5, 8, 16, 16); x, t, noise = T.add_noise(z, alpha_bar, torch.Generator().manual_seed(0), t=torch.tensor([0, 300, 600, 900, 999]))
+    a = alpha_bar[t].view(-1, 1, 1, 1); said = noise if prediction == 'epsilon' else a.sqrt()*noise - (1 - a).sqrt()*z
+    assert torch.allclose(T.estimate(said, x, t, alpha_bar, prediction), z, atol=2e-5)
+
+def test_structure_loss_asks_where_noise_is_strong_and_the_crop_was_shown(pipe):
+    torch.manual_seed(0); alpha_bar, W = pipe.scheduler.alphas_cumprod, torch.randn(8*16*16, 3)/30; reader = lambda z: z.flatten(1) @ W
+    z, t = torch.randn(4, 8, 16, 16), torch.tensor([950, 950, 599, 600]); x, _, noise = T.add_noise(z, alpha_bar, torch.Generator().manual_seed(0), t=t); batch = dict(scores=reader(z)); shown = torch.tensor([1., 0, 1, 1])
+    said = (noise + .01*torch.randn_like(noise)).requires_grad_(); T.structure_loss(said, x, t, batch, alpha_bar, reader, shown).backward()
+    assert (said.grad.flatten(1).abs().sum(1) > 0).tolist() == [True, False, False, True]
+    assert float(T.structure_loss(noise, x, t, batch, alpha_bar, reader, shown)) < 1e-3 < float(T.structure_loss(noise, x, t, dict(scores=reader(z).roll(1, 0)), alpha_bar, reader, shown))
+    assert float(T.structure_loss(noise, x, t, batch, alpha_bar, reader, torch.zeros(4))) == 0 == float(T.structure_loss(noise, x, t, batch, alpha_bar, reader, shown, above=951))
+
+@pytest.mark.parametrize('high', [0., .5, 1.])
+def test_more_rows_with_strong_noise(pipe, high):
+    z = torch.zeros(4000, 1, 1, 1); _, t, _ = T.add_noise(z, pipe.scheduler.alphas_cumprod, torch.Generator().manual_seed(0), high=high); usual = .6*.343 + .4*.4   # of a logistic normal, and of an even draw
+    assert float((t >= 600).float().mean()) == pytest.approx(high + (1 - high)*usual, abs=.03) and int(t.max()) < 1000
 
 # --- photographs
 
@@ -303,6 +324,14 @@ def test_where_structure_is_dropped_the_crop_does_not_matter(pipe, table, encode
     for variant in ('plus', 'plusv2'):
         assert losses(variant, crops, .999) == losses(variant, 255 - crops, .999)
         assert losses(variant, crops, 0.) != losses(variant, 255 - crops, 0.)
+
+def test_structure_loss_in_the_loop(pipe, table, encoder):
+    crops = torch.randint(0, 256, (36, 3, 56, 56), generator=torch.Generator().manual_seed(2)).byte(); scores, W = torch.randn(36, 3, generator=torch.Generator().manual_seed(3)), torch.randn(8*16*16, 3)/30
+    data = more(table, crops=crops, scores=scores); i = data.groups.rows[:5]; assert torch.equal(data[i, torch.rand(5, 2)]['scores'], scores[i])
+    how = dict(steps=2, variant='plusv2', encoder=encoder, gauge=0, high=1.); reader = lambda z: z.flatten(1) @ W
+    figures = run(pipe, data, structure=reader, **how); assert all(f['amiss'] > 0 for f in figures)
+    w = lambda f: f[-1]['adapter'].net.image_proj.norm.weight.detach(); assert not torch.equal(w(figures), w(run(pipe, data, **how)))    # it takes part in what is learnt
+    with pytest.raises(ArgumentError, match='no scores'): next(T.train(pipe, more(table, crops=crops), structure=reader, **SMALL | how))
 
 def test_plus_without_an_encoder_is_refused(pipe, table):
     processors = dict(pipe.unet.attn_processors)
