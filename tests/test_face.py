@@ -155,7 +155,7 @@ def test_decompression_bomb(monkeypatch):
     helpful(e, 'too large')
 
 @pytest.mark.parametrize('value', [None, 3, object(), {}, np.zeros(5), np.zeros((4, 4, 5)), np.zeros((0, 5, 3)), np.zeros((5, 0, 3)), np.zeros((3, 64, 64)), np.zeros((2, 4, 4, 3)), [], [[1], [1, 2]],
-    np.full((4, 4), np.nan), np.full((4, 4), np.inf), np.full((4, 4), -1), np.full((4, 4), 256.), np.full((4, 4), 70000), np.zeros((4, 4), complex), np.full((4, 4), 'a'), io.StringIO('text')], ids=str)
+    np.full((4, 4), np.nan), np.full((4, 4), np.inf), np.full((4, 4), -1), np.full((4, 4), 256.), np.full((4, 4), 70000), np.zeros((4, 4), complex), np.full((4, 4), 'a'), io.StringIO('text')], ids=lambda v: str(v) if isinstance(v, (int, list, type(None))) else f'{type(v).__name__}{getattr(v, "shape", "")}')
 def test_values_that_are_no_picture(value):
     with pytest.raises(ImageError) as e: read_image(value)
     helpful(e)
