@@ -331,6 +331,7 @@ def test_structure_loss_in_the_loop(pipe, table, encoder):
     how = dict(steps=2, variant='plusv2', encoder=encoder, gauge=0, high=1.); reader = lambda z: z.flatten(1) @ W
     figures = run(pipe, data, structure=reader, **how); assert all(f['amiss'] > 0 for f in figures)
     w = lambda f: f[-1]['adapter'].net.image_proj.norm.weight.detach(); assert not torch.equal(w(figures), w(run(pipe, data, **how)))    # it takes part in what is learnt
+    first = lambda **more: run(pipe, data, **how | more)[0]['loss']; assert first() != first(high=0.)    # strong noise by the same seed is another question
     with pytest.raises(ArgumentError, match='no scores'): next(T.train(pipe, more(table, crops=crops), structure=reader, **SMALL | how))
 
 def test_plus_without_an_encoder_is_refused(pipe, table):
