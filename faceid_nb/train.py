@@ -396,7 +396,7 @@ class Prepared:
         self.acc = accelerator or Accelerator(mixed_precision=mixed_precision or ('bf16' if has_bf16('cuda' if torch.cuda.is_available() else 'cpu') else 'no'), gradient_accumulation_steps=accumulate)
         self.pipe, self.data, self.unet, self.vae, self.prediction = pipe, data, pipe.unet, pipe.vae, pipe.scheduler.config.prediction_type
         self.batch, self.lr, self.warmup, self.ema, self.drop, self.face, self.offset, self.cap = batch, lr, warmup, ema, drop, face, offset, cap
-        self.structure, self.structure_weight, self.structure_above, self.high = structure, structure_weight, structure_above, high
+        self.structure, self.structure_weight, self.structure_above, self.high = structure.to(self.acc.device) if isinstance(structure, nn.Module) else structure, structure_weight, structure_above, high
         self.identity, self.identity_weight, self.identity_below, self.identity_rows, self.seed, self.workers, self.accumulate = identity, identity_weight, identity_below, identity_rows, seed, workers, self.acc.gradient_accumulation_steps
         self.device, self.step, self.spent = self.acc.device, 0, 0.
         self.alpha_bar, self.empty = pipe.scheduler.alphas_cumprod.float().to(self.device), caption_ids(pipe.tokenizer, [''])[0]

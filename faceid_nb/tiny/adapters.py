@@ -154,7 +154,8 @@ def train_structure_reader(
         if (step + 1) % log_every == 0 or step + 1 == steps:
             with torch.no_grad(): clear, dim = (reader(z).T for z in (latents(held), vague(latents(held), g)))
             mean = lambda said: sum(correlation(a, b)[0] for a, b in zip(said, table.scores[held].T))/len(said)
-            yield dict(reader_step=step + 1, error=float(loss.detach()), clear=mean(clear), vague=mean(dim), reader=reader.requires_grad_(step + 1 < steps))
+            if step + 1 == steps: reader.requires_grad_(False)
+            yield dict(reader_step=step + 1, error=float(loss.detach()), clear=mean(clear), vague=mean(dim), reader=reader)
 
 # %% ../../nbs/tiny/adapters.ipynb #f7337d42
 SETTINGS = dict(rank=64, batch=48, lr=1e-3, weight_decay=1e-3, ema=.999, face=3., offset=.1, cap=20., warmup=50)
@@ -184,8 +185,8 @@ def train_tiny(parts, out, sd=None, recogniser=None, pack=None, init=None, varia
     "Generator of figures: train a tiny adapter on the parts in a folder, from nothing or from the file `init`; Plus and PlusV2 after so many `lessons`, with a structure loss where it has a weight."
     from faceid_nb.plus import StructureEncoder
     from faceid_nb.train import load_base
-    pipe = load_base(str(sd or Path(parts)/'sd')); scores = lesson_scores(_load(parts, 'photos.pt', ''))*torch.tensor(TURN).sqrt() if lessons or structure_weight else None
-    table = training_table(parts, pipe.tokenizer, settings.pop('held', 64), crops='plus' in variant, several=several, scores=scores); pipe.set_progress_bar_config(disable=True)
+    pipe = load_base(str(sd or Path(parts)/'sd')); scores = lesson_scores(_load(parts, 'photos.pt', '')) if lessons or structure_weight else None
+    table = training_table(parts, pipe.tokenizer, settings.pop('held', 64), crops='plus' in variant, several=several, scores=scores*torch.tensor(TURN).sqrt() if structure_weight else None); pipe.set_progress_bar_config(disable=True)
     if encoder: settings['encoder'] = StructureEncoder.from_pretrained(str(encoder))
     settings['variant'] = variant
     if recogniser: settings['identity'] = differentiable_recogniser(recogniser)
@@ -194,10 +195,10 @@ def train_tiny(parts, out, sd=None, recogniser=None, pack=None, init=None, varia
     if lessons:
         if not init or 'plus' not in variant: raise ArgumentError('Lessons are for a resampler that goes on from a checkpoint', f'the variant is {variant}' + ', without init'*(not init), "Give init= and variant='plus' or 'plusv2'")
         net = settings['adapter'].net.image_proj
-        yield from teach_resampler(net, table, settings['encoder'], lesson_goal(net, scores/torch.tensor(TURN).sqrt()), lessons)
+        yield from teach_resampler(net, table, settings['encoder'], lesson_goal(net, scores), lessons)
     if structure_weight:
         for f in train_structure_reader(table, reader_steps): yield f
-        settings |= dict(structure=f['reader'].eval(), structure_weight=structure_weight)
+        settings |= dict(structure=f['reader'], structure_weight=structure_weight)
     yield from train(pipe, table, out, **{**SETTINGS, **settings})
 
 # %% ../../nbs/tiny/adapters.ipynb #7ed6d931
