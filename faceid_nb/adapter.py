@@ -367,4 +367,8 @@ class FaceIDAdapter(AttachableAdapter):
         s_scale = torch.as_tensor(s_scale, dtype=torch.float32).flatten()
         if len(s_scale.unique()) == 1: s_scale = s_scale[:1]
         n = max(len(embeds), len(structure), len(s_scale))
-        return proj(embeds.expand(n, -1), structure.to(device, torch.float32).expand(n, -1, -1), s_scale.to(device))
+        embeds, structure = embeds.expand(n, -1), structure.to(device, torch.float32).expand(n, -1, -1)
+        new = torch.ones(n, dtype=torch.bool, device=device)   # rows that repeat the one before differ in s_scale alone: one pass serves them all
+        new[1:] = (embeds[1:] != embeds[:-1]).any(1) | (structure[1:] != structure[:-1]).flatten(1).any(1)
+        x, r = proj.parts(embeds[new], structure[new]); at = new.cumsum(0) - 1
+        return proj.combine(x[at], r[at], s_scale.to(device))

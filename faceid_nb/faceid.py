@@ -221,6 +221,7 @@ class FaceID:
         encoder=None,        # a `StructureEncoder`, for Plus and PlusV2
     ):
         self.pipe, self.adapter, self.reader, self.name, self.negative_prompt, self.encoder = pipe, adapter, reader, name, negative_prompt, encoder
+        self.origin = None   # the arguments of the `load` that made it: another process makes the same with them
         if encoder and adapter.structure_width: encoder.check(adapter.structure_width)
         self.attach()
         self._stop, self._busy, self.stopped = threading.Event(), threading.Lock(), False
@@ -263,7 +264,11 @@ class FaceID:
             if structure is not None: raise ArgumentError('There is no structure to give', f'The variant {self.adapter.variant} reads the embedding only', 'Use a Plus or PlusV2 model')
             return None
         if self.encoder is None: raise ArgumentError(f'The variant {self.adapter.variant} also reads the picture of the face', 'This FaceID has no image encoder', 'Pass encoder=StructureEncoder.from_pretrained(...)')
-        states = structure.float() if torch.is_tensor(structure) and structure.ndim == 3 else self.encoder(find_crops(people if structure is None else structure, self.reader, which))
+        if torch.is_tensor(structure) and structure.ndim == 3: states = structure.float()
+        else:
+            faces = people if structure is None else structure if isinstance(structure, (list, tuple)) else [structure]
+            once = list({id(f): f for f in faces}.values()); place = {id(f): i for i, f in enumerate(once)}   # a face that stands in many rows is looked at once
+            states = self.encoder(find_crops(once, self.reader, which))[[place[id(f)] for f in faces]]
         n = 1 + max(r.person for r in rows)
         if len(states) not in (1, n): raise ArgumentError(f'{len(states)} structures for {n} faces', '', 'Give one, or one for each face')
         for r in rows: r.structure = states[r.person % len(states)]

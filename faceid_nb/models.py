@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'HUB', 'CARD_NEGATIVE', 'TERMS', 'SD15', 'SDXL', 'VIT_H', 'MODELS', 'DDIM', 'CONFIGS', 'Model',
            'choose_device', 'tell_licence', 'missing', 'check_sum', 'find_file', 'no_bars', 'is_sdxl', 'file_config',
-           'load_pipeline', 'load']
+           'load_pipeline', 'find_parts', 'load']
 
 # %% ../nbs/07_models.ipynb #149740f0
 import errno, hashlib, json, re, sys, warnings
@@ -185,6 +185,14 @@ def load_pipeline(
         if here and what == base: raise BaseModelError(f'{base} cannot be loaded as a {kind.__name__}', f'{type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ""}', 'Check the folder, or download it again') from e
         raise missing(f'The {"VAE" if what == vae else "base model"} {what}', what, e, download) from e
 
+# %% ../nbs/07_models.ipynb #40b286f7
+def find_parts(name, base=None, folder=None, cache_dir=None, download=True) -> dict:
+    "Where the weights of a model are: files, folders of the tiny pack or of the caller, or names of repositories. Checkpoint and LoRA are fetched if need be."
+    if name not in MODELS: raise ArgumentError(f'There is no model {name!r}', '', f'Choose among {", ".join(MODELS)}')
+    m = MODELS[name]; beside = lambda part: Path(folder or TINY) / part if m.repo is None or folder and (Path(folder) / part).is_dir() else None   # as in the tiny pack
+    files = {part: f and find_file(f, m.repo, folder, cache_dir, download) for part, f in dict(checkpoint=m.checkpoint, lora=m.lora).items()}; here = base or beside(m.base)
+    return dict(**files, encoder=m.encoder and (beside(m.encoder) or beside('image_encoder') or m.encoder), base=here or m.base, vae=None if here else m.vae)
+
 # %% ../nbs/07_models.ipynb #6d698377
 @no_bars(on=False)
 def load(
@@ -208,14 +216,12 @@ def load(
     root = folder if folder is not None and (Path(folder) / 'models' / m.pack).is_dir() else TINY if m.repo is None else None
     if download and root is None and not HF_HUB_OFFLINE: download_pack(m.pack)   # nothing to do where it is there
     reader = FaceReader(m.pack, root=root, providers=providers or ('cpu' if device.type == 'cpu' else None))
-    files = [f and find_file(f, m.repo, folder, cache_dir, download) for f in (m.checkpoint, m.lora)]
+    given = hasattr(base, 'unet'); parts = find_parts(name, None if given else base, folder, cache_dir, download)
     tell_licence(m)
-    adapter = FaceIDAdapter.from_file(files[0], lora=files[1], variant=m.variant)
-    beside = lambda part: Path(folder or TINY) / part if m.repo is None or folder and (Path(folder) / part).is_dir() else None   # as in the tiny pack
-    encoder = m.encoder and StructureEncoder.from_pretrained(beside(m.encoder) or beside('image_encoder') or m.encoder, device, dtype, cache_dir, download).check(adapter.structure_width)
-    if hasattr(base, 'unet'): pipe = base
-    else:
-        here = base or beside(m.base)
-        pipe = load_pipeline(here or m.base, None if here else m.vae, dtype, cache_dir, download, sdxl='sdxl' in m.name)
-    adapter.attach(pipe.to(device) if hasattr(base, 'unet') else pipe.to(device, dtype))
-    return FaceID(pipe, adapter, reader, name, m.negative_prompt, encoder)
+    adapter = FaceIDAdapter.from_file(parts['checkpoint'], lora=parts['lora'], variant=m.variant)
+    with no_bars(isinstance(parts['encoder'], Path)): encoder = parts['encoder'] and StructureEncoder.from_pretrained(parts['encoder'], device, dtype, cache_dir, download).check(adapter.structure_width)
+    pipe = base.to(device) if given else load_pipeline(parts['base'], parts['vae'], dtype, cache_dir, download, sdxl='sdxl' in m.name).to(device, dtype)
+    adapter.attach(pipe)
+    faceid = FaceID(pipe, adapter, reader, name, m.negative_prompt, encoder)
+    if not given: faceid.origin = dict(name=name, device=str(device), dtype=dtype, cache_dir=cache_dir, base=base, folder=folder, download=download, providers=providers)
+    return faceid

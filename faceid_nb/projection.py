@@ -104,9 +104,10 @@ class PlusProjection(MLPProjection):
         s_scale=1.0,  # weight of the structure, a number or (B,); only PlusV2 has it
     ):
         "-> (B, num_tokens, d)"
-        x, r = self.parts(embeds, clip)
-        if not self.shortcut: return r
-        return x + torch.as_tensor(s_scale, dtype=r.dtype, device=r.device).reshape(-1, 1, 1) * r
+        return self.combine(*self.parts(embeds, clip), s_scale)
+    def combine(self, x, r, s_scale=1.0):
+        "What `parts` gives, put together: (B, T, d)"
+        return x + torch.as_tensor(s_scale, dtype=r.dtype, device=r.device).reshape(-1, 1, 1) * r if self.shortcut else r
 
 # %% ../nbs/02_projection.ipynb #150e5d0d
 def projection_from_state(

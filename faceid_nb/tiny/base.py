@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LATENTS', 'WIDTH', 'LENGTH', 'fit', 'patch_components', 'psnr', 'new_autoencoder', 'start_from_components',
            'picture_loss', 'train_autoencoder', 'normalise_latents', 'new_tokenizer', 'new_text_encoder', 'new_unet',
-           'card_scheduler', 'encode_all', 'prepare', 'train_diffusion', 'finish_folder', 'save_pipeline', 'sample',
-           'main']
+           'card_scheduler', 'encode_all', 'prepare', 'train_diffusion', 'finish_folder', 'save_pipeline', 'ship_unet',
+           'sample', 'main']
 
 # %% ../../nbs/tiny/base.ipynb #0d7f37dc
 import argparse, collections, json, math, os, random, time
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from ..errors import WeightsMissingError
 from . import people as drawn
 from ..train import add_noise, caption_ids, face_map, has_bf16, target_and_weight, weighted_error
 
@@ -270,6 +271,20 @@ def save_pipeline(
     finish_folder(out)
     return pipe
 
+# %% ../../nbs/tiny/base.ipynb #73a225bc
+def ship_unet(
+    folder,  # a pipeline's, or a UNet's, with safetensors inside; rewritten in place
+    dtype=torch.float8_e4m3fn,
+):
+    "Store the UNet's matrices in eight bits and in one file; vectors (norms, biases) stay as they are. Returns the file."
+    from safetensors.torch import load_file, save_file
+    folder = Path(folder); folder = folder/'unet' if (folder/'unet').is_dir() else folder; old = sorted(folder.glob('*.safetensors'))
+    if not old: raise WeightsMissingError(f'There is no UNet in {folder.name}', 'no .safetensors file', 'Give the folder that save_pretrained wrote')
+    weights = {k: v.to(dtype) if v.ndim > 1 else v for f in old for k, v in load_file(f).items()}
+    part, path = folder/'unet.part', folder/'diffusion_pytorch_model.safetensors'; save_file(weights, part, {'format': 'pt'}); part.chmod(0o644)
+    for f in [*old, *folder.glob('*.index.json')]: f.unlink()
+    return part.replace(path)
+
 # %% ../../nbs/tiny/base.ipynb #bd947ef7
 @torch.no_grad()
 def sample(
@@ -286,15 +301,16 @@ def sample(
 
 # %% ../../nbs/tiny/base.ipynb #c5adf05b
 def main(argv=None):
-    "`python -m faceid_nb.tiny.base --part photos|vae|diffusion|pipeline --out DIR`: make the parts one after the other."
+    "`python -m faceid_nb.tiny.base --part photos|vae|diffusion|pipeline|ship --out DIR`: make the parts one after the other; `ship` halves the UNet of the pipeline in DIR."
     a = argparse.ArgumentParser(prog='python -m faceid_nb.tiny.base', description=main.__doc__)
-    a.add_argument('--part', required=True, choices=['photos', 'vae', 'diffusion', 'pipeline']); a.add_argument('--out', required=True, type=Path)
+    a.add_argument('--part', required=True, choices=['photos', 'vae', 'diffusion', 'pipeline', 'ship']); a.add_argument('--out', required=True, type=Path)
     a.add_argument('--people', type=int, default=24000); a.add_argument('--each', type=int, default=4); a.add_argument('--minutes', type=float)
     a.add_argument('--steps', type=int); a.add_argument('--batch', type=int); a.add_argument('--lr', type=float); a.add_argument('--seed', type=int, default=0)
     a.add_argument('--init', type=Path, help='diffusion: folder of a pipeline to go on from'); a.add_argument('--compiled', action='store_true', help='diffusion: compile the UNet'); a.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu'); a.add_argument('--resume', action='store_true')
     a = a.parse_args(argv); a.out.mkdir(parents=True, exist_ok=True); photos = a.out/'photos.pt'
     if a.part == 'photos': torch.save(drawn.photographs(a.people, a.each, a.seed, batch=4*a.each), photos); return
     if a.part == 'pipeline': save_pipeline(a.out, a.out/'sd'); return
+    if a.part == 'ship': ship_unet(a.out); return
     given = {k: v for k, v in dict(minutes=a.minutes, steps=a.steps, batch=a.batch, lr=a.lr).items() if v}
     common = dict(device=a.device, seed=a.seed, resume=a.resume, **given)
     if a.steps and not a.minutes: common['minutes'] = None

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TEMPLATE', 'ZOOM', 'PARTS', 'CANVAS', 'STRIDES', 'ANCHORS', 'align_crops', 'strangers', 'conv', 'halve', 'Residual',
            'Recognizer', 'Judge', 'margin_loss', 'roughen', 'crop_batch', 'known_numbers', 'learn_faces', 'embed',
-           'verification', 'save_onnx', 'save_recognizer', 'to_canvas', 'Step', 'Detector', 'decode', 'refine',
-           'refine_loss', 'crowd', 'crowds', 'detector_batch', 'portraits', 'detector_pools', 'learn_detector',
-           'assign', 'detector_loss', 'save_detector', 'find_faces', 'judge_detector', 'save_state', 'follow',
-           'seconds_a_step', 'judge_faces', 'main']
+           'verification', 'save_onnx', 'save_recognizer', 'ship_onnx', 'to_canvas', 'Step', 'Detector', 'decode',
+           'refine', 'refine_loss', 'crowd', 'crowds', 'detector_batch', 'portraits', 'detector_pools',
+           'learn_detector', 'assign', 'detector_loss', 'save_detector', 'find_faces', 'judge_detector', 'save_state',
+           'follow', 'seconds_a_step', 'judge_faces', 'main']
 
 # %% ../../nbs/tiny/recognizer.ipynb #rc000004
 import math, time
@@ -254,6 +254,22 @@ def save_onnx(
     return path
 
 def save_recognizer(model, path): return save_onnx(model, path, (2, 3, 112, 112), ['embedding'], dict(input={0: 'N'}, embedding={0: 'N'}))
+
+# %% ../../nbs/tiny/recognizer.ipynb #f957e996
+def ship_onnx(path):
+    "Store the large weights of a file of `save_onnx` as int8, with one step a row; they are multiplied out when the file is loaded. Returns the path."
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+    path = Path(path); m = onnx.load(str(path)); half = {n.input[0]: n for n in m.graph.node if n.op_type == 'Cast' and n.input[0].endswith('_half')}; kept, nodes = [], []
+    for w in m.graph.initializer:
+        if w.name not in half: kept.append(w); continue
+        a, name = numpy_helper.to_array(w).astype(np.float32), half[w.name].output[0]
+        step = np.abs(a).max(axis=tuple(range(1, a.ndim)), keepdims=True)/127; step[step == 0] = 1
+        kept += [numpy_helper.from_array(np.rint(a/step).astype(np.int8), name + '_whole'), numpy_helper.from_array(step.astype(np.float32), name + '_step')]
+        nodes += [helper.make_node('Cast', [name + '_whole'], [name + '_cast'], f'cast_{name}', to=TensorProto.FLOAT), helper.make_node('Mul', [name + '_cast', name + '_step'], [name], f'scale_{name}')]
+    nodes += [n for n in m.graph.node if not (n.op_type == 'Cast' and n.input[0] in half)]; del m.graph.node[:], m.graph.initializer[:]
+    m.graph.node.extend(nodes); m.graph.initializer.extend(kept); onnx.checker.check_model(m)
+    part = path.with_suffix('.part'); onnx.save(m, str(part)); return part.replace(path)
 
 # %% ../../nbs/tiny/recognizer.ipynb #rc000100
 CANVAS, STRIDES, ANCHORS = 128, (8, 16, 32), ((14., 22.), (34., 52.), (72., 96.))  # heads of 14 to 96 pixels on a canvas of 128
