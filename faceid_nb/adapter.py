@@ -48,6 +48,7 @@ def face_embeddings(
 ):
     "-> (n, 512) float32, or (n, k, 512) where `several`. Raises ArgumentError."
     if hasattr(faces, 'embedding'): faces = [faces]
+    if isinstance(faces, (list, tuple)) and (not faces or any(isinstance(f, (list, tuple)) and not f for f in faces)): raise ArgumentError('A person without a photograph', f'an empty list{" among the faces"*bool(faces)}', 'Give at least one photograph of each person')
     try:
         if not _group(faces): e = torch.as_tensor(faces, dtype=torch.float32)
         else:

@@ -119,8 +119,9 @@ def as_axis(name, values) -> dict:  # label -> value
 
 def check_names(names, model):
     "Raise ArgumentError for a name that is no argument of `generate`."
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from faceid_nb.faceid import _KNOBS, FaceID
+    from faceid_nb.models import no_bars
+    with no_bars(): from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     kinds = (StableDiffusionXLPipeline if 'sdxl' in model else StableDiffusionPipeline,) if isinstance(model, str) else (type(model.pipe),) if model else (StableDiffusionPipeline, StableDiffusionXLPipeline)
     ours = {*inspect.signature(FaceID.generate).parameters, *_KNOBS, 'model'} - {'self', 'num_samples', 'batch_size', 'on_step', 'more'}
     for name in names:
@@ -150,8 +151,8 @@ def generate_cells(
             e.__traceback__, half = None, len(part)//2   # the traceback would hold the tensors
             if half: queue[:0] = [part[:half], part[half:]]
             else: yield part, e, fits
+            if out_of_memory(e): _free_memory(model)
             if half and out_of_memory(e): fits = half; queue = [q[i:i + fits] for q in queue for i in range(0, len(q), fits)]
-            _free_memory(model)
             continue
         if len(images) < len(part): return   # stopped
         yield part, images, fits
@@ -202,7 +203,7 @@ def make_batch(
                 c.seconds, c.device, c.state = each, str(model.pipe.device), 'failed' if failed else 'done'
                 if failed: c.error = str(made) if isinstance(made, FaceIDError) else f'{type(made).__name__}: {str(made)[:300]}'
                 else: c.picture = made[i]
-            if measure and not failed: _measure(model, part, *_judge(model.reader, judge), find_scorer(model) if scorer is None else scorer or None)
+            if measure and not failed: _measure(model, part, judge, find_scorer(model) if scorer is None else scorer or None)
             done += part; began = time.perf_counter()
     return [replace(c, arguments=None) for c in done], max(fits, 1)   # a worker sends back results, not photographs
 
@@ -219,15 +220,15 @@ def _read_face(reader, photo, which):
     try: return ([one(p) for p in photo] if isinstance(photo, (list, tuple)) else one(photo)), ''
     except (FaceIDError, OSError) as e: return None, str(e)
 
-def _measure(model, cells, judge, name, scorer):
+def _measure(model, cells, judge, scorer):
     "Write likeness, distance and adherence into cells that have pictures."
     from faceid_nb.measure import measure_pictures, prompt_adherence
     cells = [c for c in cells if isinstance(c.picture, Image.Image)]; seen = [c for c in cells if _has_picture(c.arguments['face'])]
     if seen and model.reader is not None:
-        found = measure_pictures([c.arguments['face'] for c in seen], [c.picture for c in seen], None, judge, model.reader, each=True)
+        judge, name = _judge(model.reader, judge); found = measure_pictures([c.arguments['face'] for c in seen], [c.picture for c in seen], None, judge, model.reader, each=True)
         for i, c in enumerate(seen): c.likeness, c.distance, c.judge = float(found['likeness'][i]), float(found['distance'][i]), name
     if scorer is None or not cells: return
-    try: scores = prompt_adherence([c.parameters['prompt'] or '' for c in cells], [c.picture for c in cells], scorer)
+    try: scores = prompt_adherence([c.arguments['prompt'] or '' for c in cells], [c.picture for c in cells], scorer)
     except FaceIDError as e: warnings.warn(f'Prompt adherence is not measured. {e}', stacklevel=2); return
     for c, s in zip(cells, scores): c.adherence = float(s)
 
@@ -409,7 +410,7 @@ class Sweep:
         "Generator of finished `Cell`s, those of an earlier run first (`kept`). Cells that failed before are tried again. What is yielded is on the disk."
         from tqdm.auto import tqdm
         cells = self.cells if cells is None else list(cells); self.stopped, mine = False, {}
-        size = batch_size or min(default_batch(m) for m in {id(c.arguments['model']): c.arguments['model'] for c in self.cells}.values())
+        size = min(map(default_batch, {id(c.arguments['model']): c.arguments['model'] for c in self.cells}.values())) if batch_size is None else batch_size
         if int(size) != size or size < 1: raise ArgumentError('batch_size must be a whole number from 1', f'{batch_size}')
         for c in cells: mine.setdefault(c.key, []).append(c)   # two cells may be the same picture
         with Shelf(folder) as shelf, tqdm(total=len(mine), unit='cell', desc='sweep', disable=not progress, bar_format='{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}{postfix}]') as bar:

@@ -406,3 +406,9 @@ def test_cuda(how):
     with adapter.condition(E[:2]): got = draw(pipe, ['a', 'b'], [1, 2]).float().cpu()
     assert dist(got, want) < (1. if dtype in (torch.float16, torch.bfloat16) else .05)
     adapter.detach(); assert torch.isfinite(draw(pipe, ['a'], [1])).all()
+
+
+@pytest.mark.parametrize('several', [False, True])
+@pytest.mark.parametrize('faces', [[], [[]], ([torch.ones(512)], [])])
+def test_a_person_without_a_photograph_is_said_so(faces, several):
+    with pytest.raises(ArgumentError, match='without a photograph'): face_embeddings(faces, several=several)

@@ -111,3 +111,99 @@ def test_the_tiny_judge_knows_people(tmp_path):
     assert s.shape == (13,) and s[0] == np.nanmax(s) and s[0] > .5 and np.nanmean(s[1:]) < .3 and np.isnan(s[-1])
     np.testing.assert_allclose(identity_similarity(first[0], second), s[:-1], atol=1e-6)
     assert abs(identity_similarity(face, second, judge=False)[0] - face.similarity(reader.best(second[0]))) < 1e-6
+
+
+# ---- faces found once, calibration, prompts, everything at once
+
+def test_a_face_is_looked_for_once(reader, monkeypatch):
+    pictures = [person(1), BLANK, person(2, 170, 140), None]; looked, detect = [], reader.detector.detect
+    monkeypatch.setattr(reader.detector, 'detect', lambda image: looked.append(1) or detect(image))
+    faces = M.find_faces(pictures, reader); assert [f is None for f in faces] == [False, True, False, True] and len(looked) == 3 and faces[0].image is not None and faces[0].embedding is None
+    again = M.find_faces(faces, reader); assert again[0] is faces[0] and len(looked) == 3
+    for judge in (True, False): np.testing.assert_array_equal(embed_faces(faces, reader, judge), embed_faces(pictures, reader, judge))
+    looked.clear(); goal = reader.best(person(1)); looked.clear(); M.structure_distance(goal, faces, reader), identity_similarity(goal, faces, reader=reader); assert not looked
+    np.testing.assert_array_equal(M.structure_distance(goal, faces, reader), M.structure_distance(goal, pictures, reader))
+
+def test_calibration_against_every_pair_by_hand(reader):
+    people = [[person(i, 160 + 3*k, 150 - 2*k) for k in range(2 + i % 2)] for i in range(1, 5)]; c = M.calibrate(people, reader)
+    e = [embed_faces(p, reader) for p in people]; same = [float(a[i] @ a[j]) for a in e for i in range(len(a)) for j in range(i)]; other = [float(x @ y) for i, a in enumerate(e) for b in e[:i] for x in a for y in b]
+    np.testing.assert_allclose(np.sort(c.genuine), np.sort(same)); np.testing.assert_allclose(np.sort(c.impostor), np.sort(other))
+    assert c.ceiling == np.mean(same) or abs(c.ceiling - np.mean(same)) < 1e-12; assert c.copy_line <= max(same) + 1e-12
+    blank = M.calibrate([p + [BLANK] for p in people], reader); np.testing.assert_allclose(np.sort(blank.genuine), np.sort(same))
+    with pytest.raises(ArgumentError, match='two people'): M.calibrate(people[:1], reader)
+    with pytest.raises(ArgumentError, match='two people'): M.calibrate([p[:1] for p in people], reader)
+
+def test_what_a_calibration_says():
+    c = M.Calibration(np.linspace(.5, .9, 101), np.linspace(-.3, .3, 1001)); assert abs(c.ceiling - .7) < 1e-12 and abs(c.copy_line - .896) < 1e-9 and .29 < c.threshold <= .3
+    assert c.copies([.1, .89, .9, np.nan, .99]).tolist() == [False, False, True, False, True]
+    for x, words in ((.1, 'could be anybody'), (.6, 'the same person'), (.95, 'a copy'), (np.nan, 'no face')): assert words in c.read(x)
+    assert 'higher than 100.0% of strangers and 25% of genuine' in c.read(.6) and '101 genuine pairs, 1001 of strangers' in repr(c)
+
+def test_a_folder_of_people(tmp_path, reader):
+    for who in ('b', 'a'):
+        (tmp_path/who).mkdir()
+        for k in (2, 1): Image.fromarray(person(ord(who), 160 + 3*k)).save(tmp_path/who/f'{k}.PNG')
+        (tmp_path/who/'notes.txt').write_text('x')
+    (tmp_path/'empty').mkdir(); (tmp_path/'readme.png').write_bytes(b'')
+    assert [[f.relative_to(tmp_path).as_posix() for f in p] for p in M.photographs_in(tmp_path)] == [['a/1.PNG', 'a/2.PNG'], ['b/1.PNG', 'b/2.PNG']] and len(M.calibrate(tmp_path, reader).genuine) == 2
+    for folder, found in ((tmp_path/'a', 'No folder with'), (tmp_path/'gone', 'No such folder')):
+        with pytest.raises(ArgumentError, match=found): M.photographs_in(folder)
+
+@pytest.mark.parametrize('prompt, wanted', [('photo of a person in a red shirt, smiling, blue background', dict(shirt=0, expression=1, background=1)), ('a person wearing glasses, Grey background', dict(glasses=1, background=9)),
+    ('a man, beach background', {}), ('sunglasses, redshirt, reds shirt', {}), ('PINK SHIRT, frowning, wearing a red hat', dict(shirt=8, expression=3)), ('', {})])
+def test_what_a_prompt_names(prompt, wanted): assert M.SceneScorer.wanted(prompt) == wanted
+
+def test_adherence_counts_what_is_to_be_seen():
+    from faceid_nb.tiny.people import render, sample_people
+    photo = lambda **kw: render(sample_people(1, 5), seed=6, size=128, hat=None, **kw)[0].image
+    a = photo(shirt='red', background='blue', expression='smiling', glasses=1); b = photo(shirt='green', background='white', expression='neutral', glasses=0)
+    asked = 'person in a red shirt, smiling, blue background, wearing glasses'; np.testing.assert_allclose(M.prompt_adherence(asked, [a, b]), [1, 0]); np.testing.assert_allclose(M.prompt_adherence([asked, 'a white background'], [a, b]), [1, 1])
+    np.testing.assert_allclose(M.prompt_adherence('red shirt, white background', [a, b]), [.5, .5]); assert np.isnan(M.prompt_adherence('a person', a)).all() and M.prompt_adherence('x', []).shape == (0,)
+    assert M.prompt_adherence(['1', '2'], [a, b], lambda texts, images: np.array([float(t)*i.shape[0] for t, i in zip(texts, images)])).tolist() == [128, 256]
+    with pytest.raises(ArgumentError, match='3 prompts for 1'): M.prompt_adherence(['x']*3, a)
+
+@pytest.fixture(scope='module')
+def clip(tmp_path_factory):
+    "A CLIP model of random weights, saved as the hub has it."
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
+    words = ['<pad>', '<start>', '<end>', 'a', 'red', 'blue', 'shirt']; t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token='<pad>')); t.pre_tokenizer = pre_tokenizers.Whitespace()
+    t = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', bos_token='<start>', eos_token='<end>', model_max_length=8)
+    torch.manual_seed(0); model = CLIPModel(CLIPConfig(text_config=dict(vocab_size=7, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=8, eos_token_id=2, pad_token_id=0, bos_token_id=1),
+        vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8), projection_dim=12))
+    folder = tmp_path_factory.mktemp('clip'); model.save_pretrained(folder); t.save_pretrained(folder); CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32)).save_pretrained(folder); return folder, model.eval(), t
+
+def test_clip_scores_equal_clip_itself(clip):
+    import torch
+    from transformers import CLIPImageProcessor
+    folder, model, tokenizer = clip; rng = np.random.default_rng(0); images = [rng.integers(0, 255, (40, 48, 3), np.uint8) for _ in range(5)]; texts = ['a red shirt', 'blue shirt', 'a red shirt', 'a', 'blue']
+    class Processor:
+        def __call__(self, text=None, images=None, return_tensors=None, **k):
+            return tokenizer(text, return_tensors='pt', padding=True, truncation=True) if text is not None else CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32))(images=images, return_tensors='pt')
+    scorer = M.ClipScorer.__new__(M.ClipScorer); scorer.model, scorer.processor, scorer.device = model, Processor(), torch.device('cpu')
+    got = scorer(texts, images, batch_size=2)
+    for k in range(5):
+        ids, px = tokenizer([texts[k]], return_tensors='pt'), Processor()(images=[images[k]]).pixel_values
+        with torch.no_grad(): want = model(input_ids=ids.input_ids, attention_mask=ids.attention_mask, pixel_values=px).logits_per_image/model.logit_scale.exp()
+        assert abs(got[k] - float(want)) < 1e-5
+    assert len(set(got.round(6))) == 5
+
+def test_clip_that_is_not_here_says_so(tmp_path):
+    from faceid_nb.errors import WeightsMissingError
+    with pytest.raises(WeightsMissingError, match='CLIP model'): M.prompt_adherence('x', BLANK, 'openai/no-such-clip')
+
+def test_everything_at_once_equals_one_by_one(reader, monkeypatch):
+    pictures = [person(1, 166, 152), BLANK, person(4), person(2, 170, 140)]; her, him = reader.best(person(1)), person(2); prompts = list('abcd'); score = lambda texts, images: np.array([ord(t) + i.mean() for t, i in zip(texts, images)])
+    all_ = M.measure_pictures(her, pictures, prompts, reader=reader, scorer=score); np.testing.assert_allclose(all_['likeness'], identity_similarity(her, pictures, reader=reader)); np.testing.assert_allclose(all_['distance'], M.structure_distance(her, pictures, reader)); np.testing.assert_allclose(all_['adherence'], score(prompts, pictures))
+    each = M.measure_pictures([her, her, him, him], pictures, reader=reader, each=True); assert set(each) == {'likeness', 'distance'}
+    np.testing.assert_allclose(each['likeness'], [*identity_similarity(her, pictures[:2], reader=reader), *identity_similarity(him, pictures[2:], reader=reader)]); np.testing.assert_allclose(each['distance'], [*M.structure_distance(her, pictures[:2], reader), *M.structure_distance(him, pictures[2:], reader)])
+    both = [person(1), person(1, 163, 148)]; np.testing.assert_allclose(M.measure_pictures(both, pictures, reader=reader)['likeness'], identity_similarity(both, pictures, reader=reader))
+    mean = mean_face([reader.best(p) for p in both]); found = M.measure_pictures(mean, pictures, reader=reader); np.testing.assert_allclose(found['likeness'], identity_similarity(mean, pictures, reader=reader)); assert np.isfinite(found['distance'][[0, 2, 3]]).all()
+    with pytest.raises(ArgumentError, match='2 references for 4'): M.measure_pictures([her, him], pictures, reader=reader, each=True)
+    looked, detect = [], reader.detector.detect; monkeypatch.setattr(reader.detector, 'detect', lambda image: looked.append(1) or detect(image)); M.measure_pictures(her, pictures, reader=reader); assert len(looked) == 4
+    assert M.measure_pictures(her, [], reader=reader)['likeness'].shape == (0,)
+
+def test_who_measures_adherence():
+    from types import SimpleNamespace
+    assert M.find_scorer('tiny-plus') == 'tiny' == M.find_scorer(SimpleNamespace(name='tiny-sdxl-faceid')) and 'clip' in M.find_scorer('sd15-plusv2') == M.find_scorer(SimpleNamespace(name='mine'))

@@ -160,6 +160,18 @@ def test_detector_onnx_equals_torch(tmp_path):
         with torch.no_grad(): assert max(np.abs(a - b.numpy()).max() for a, b in zip(out, net(x))) < .05
 
 
+def test_onnx_ships_in_whole_numbers(tmp_path):
+    import onnx
+    torch.manual_seed(0); net = rz.Detector().eval(); net.heads[0].bias.data[:2] = 0.; file = rz.save_detector(net, tmp_path/'det.onnx'); before, size = session(file), file.stat().st_size
+    assert rz.ship_onnx(file) == file and file.stat().st_size < .65*size and not list(tmp_path.glob('*.part'))
+    kinds = {w.name: onnx.numpy_helper.to_array(w) for w in onnx.load(str(file)).graph.initializer}; whole = {k: v for k, v in kinds.items() if v.dtype == np.int8}; assert len(whole) > 10 and not any(v.dtype == np.float16 for v in kinds.values())
+    for name, q in whole.items():   # every row uses its whole range, and has a step of its own
+        assert (np.abs(q.astype(int)).reshape(len(q), -1).max(1) == 127).all() and kinds[name.replace('_whole', '_step')].shape == (len(q), *[1]*(q.ndim - 1))
+    x = (torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))*2 - 1).numpy(); a, b = (s.run(None, {'input': x}) for s in (before, session(file)))
+    for u, v in zip(a, b): assert 0 < np.abs(u - v).max() < .05*np.abs(u).max() + .02
+    assert any(w.data_type == onnx.TensorProto.INT8 for w in onnx.load(str(TINY/'models'/'tiny'/'rec.onnx')).graph.initializer)
+
+
 def test_training_repeats_and_resumes(tmp_path):
     n = 6; g = torch.Generator().manual_seed(3); p = sample_identities(n, g); person = torch.arange(n).repeat_interleave(2)
     images, marks, boxes = draw({k: v[person] for k, v in p.items()}, sample_scenes(2*n, g)); photos = dict(images=(images*255).byte(), landmarks=marks, boxes=boxes, person=person, identities=p)

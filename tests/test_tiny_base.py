@@ -83,6 +83,22 @@ def test_a_pipeline_is_trained_and_saved(photos, tmp_path, monkeypatch):
     assert images.shape == (2, 3, 64, 64) and images.isfinite().all()
 
 
+def test_a_unet_ships_in_eight_bits(tmp_path, capsys):
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import load_file
+    from faceid_nb.errors import WeightsMissingError
+    tiny = dict(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'), up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'), cross_attention_dim=8, attention_head_dim=4, norm_num_groups=4, layers_per_block=1)
+    torch.manual_seed(0); unet = UNet2DConditionModel(**tiny); unet.save_pretrained(tmp_path/'p'/'unet', max_shard_size='40KB'); before = sum(f.stat().st_size for f in (tmp_path/'p'/'unet').glob('*.safetensors'))
+    assert len(list((tmp_path/'p'/'unet').glob('*.safetensors'))) > 1
+    B.main(['--part', 'ship', '--out', str(tmp_path/'p')]); file, = (tmp_path/'p'/'unet').glob('*.safetensors'); assert not list(tmp_path.rglob('*.index.json')) and not list(tmp_path.rglob('*.part')) and file.stat().st_size < .5*before
+    assert {v.dtype for v in load_file(file).values() if v.ndim > 1} == {torch.float8_e4m3fn} and {v.dtype for v in load_file(file).values() if v.ndim < 2} == {torch.float32}
+    for dtype in (torch.float32, torch.float16):
+        again = UNet2DConditionModel.from_pretrained(tmp_path/'p'/'unet', torch_dtype=dtype); assert {p.dtype for p in again.parameters()} == {dtype}
+        for a, b in zip(unet.parameters(), again.parameters()): assert ((a - b).abs() <= (a.abs()/16).clamp(min=2**-10) + 1e-9 if a.ndim > 1 else (a - b.float()).abs() <= a.abs()/1000).all()
+    once = file.read_bytes(); B.ship_unet(tmp_path/'p'/'unet'); assert load_file(file).keys() and file.read_bytes() == once
+    with pytest.raises(WeightsMissingError): B.ship_unet(tmp_path)
+
+
 def test_training_goes_on_from_a_pipeline(photos, tmp_path):
     vae = B.start_from_components(B.new_autoencoder(), photos['images'].float()/127.5 - 1); vae.save_pretrained(tmp_path/'vae'); tokenizer = B.new_tokenizer(); data = B.prepare(photos, vae, tokenizer)
     def train(out, **more): (tmp_path/out).mkdir(); list(B.train_diffusion(data, tokenizer, tmp_path/out, minutes=None, steps=1, batch=4, **more)); return {part: torch.cat([p.flatten() for p in cls.from_pretrained(tmp_path/out/part).parameters()]) for part, cls in KINDS.items()}
