@@ -150,7 +150,7 @@ def test_a_folder_of_people(tmp_path, reader):
         with pytest.raises(ArgumentError, match=found): M.photographs_in(folder)
 
 @pytest.mark.parametrize('prompt, wanted', [('photo of a person in a red shirt, smiling, blue background', dict(shirt=0, expression=1, background=1)), ('a person wearing glasses, Grey background', dict(glasses=1, background=9)),
-    ('a man, beach background', {}), ('sunglasses, redshirt, reds shirt', {}), ('PINK SHIRT, frowning, wearing a red hat', dict(shirt=8, expression=3)), ('', {})])
+    ('a man, beach background', {}), ('sunglasses, redshirt, reds shirt, a tired shirt, red shirts', {}), ('PINK SHIRT, frowning, wearing a red hat', dict(shirt=8, expression=3)), ('', {})])
 def test_what_a_prompt_names(prompt, wanted): assert M.SceneScorer.wanted(prompt) == wanted
 
 def test_adherence_counts_what_is_to_be_seen():
