@@ -346,7 +346,7 @@ def measure_pictures(
     for r, f in zip(references, firsts):
         if id(r) in once: continue
         f = goals[id(r)] = f if isinstance(f, Face) else reader.best(f, which); once[id(r)] = embed_reference(r if isinstance(r, (list, tuple)) and len(r) > 1 else f, reader, judge, which)
-        if f.landmarks is None: goals[id(r)] = f.sources[0] if f.sources else None   # a mean of faces, or an embedding alone
+        if f.landmarks is None: goals[id(r)] = None   # an embedding alone has no structure
     pictures, goals = embed_faces(found, reader, judge, which), [goals[id(r)] for r in references]
     out = dict(likeness=np.array([e @ once[id(r)] for e, r in zip(pictures, references)], np.float64),
                distance=np.array([np.nan if g is None else structure_distance(g, [f], reader)[0] for g, f in zip(goals, found)], np.float64))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROWWISE', 'NUMBERS', 'DEFAULTS', 'digest', 'identify', 'identify_photo', 'weights_hash', 'Cell', 'as_axis',
-           'check_names', 'out_of_memory', 'generate_cells', 'make_batch', 'Shelf', 'read_table', 'batches', 'smaller',
-           'default_batch', 'run_here', 'run_on', 'Sweep', 'Found', 'find_settings']
+           'check_names', 'out_of_memory', 'generate_cells', 'find_scoring', 'make_batch', 'Shelf', 'read_table',
+           'batches', 'smaller', 'default_batch', 'run_here', 'run_on', 'Sweep', 'Found', 'find_settings']
 
 # %% ../nbs/14_sweep.ipynb #575b3622
 import concurrent.futures as cf, difflib, gc, hashlib, inspect, itertools, json, math, os, sqlite3, tempfile, threading, time, warnings
@@ -172,7 +172,7 @@ def _loaded(recipe):
     model = load(**dict(recipe)); model.pipe.set_progress_bar_config(disable=True)
     return model, threading.Lock()
 
-def _judge(reader, judge):
+def find_scoring(reader, judge=True):
     "(judge, its name). Where the second recogniser is missing, the steering one scores, which flatters: the name says so."
     from faceid_nb.measure import find_judge
     if judge is not True: return judge, 'steering recogniser' if judge is False else getattr(judge, 'name', '') or str(judge)
@@ -225,7 +225,7 @@ def _measure(model, cells, judge, scorer):
     from faceid_nb.measure import measure_pictures, prompt_adherence
     cells = [c for c in cells if isinstance(c.picture, Image.Image)]; seen = [c for c in cells if _has_picture(c.arguments['face'])]
     if seen and model.reader is not None:
-        judge, name = _judge(model.reader, judge); found = measure_pictures([c.arguments['face'] for c in seen], [c.picture for c in seen], None, judge, model.reader, each=True)
+        judge, name = find_scoring(model.reader, judge); found = measure_pictures([c.arguments['face'] for c in seen], [c.picture for c in seen], None, judge, model.reader, each=True)
         for i, c in enumerate(seen): c.likeness, c.distance, c.judge = float(found['likeness'][i]), float(found['distance'][i]), name
     if scorer is None or not cells: return
     try: scores = prompt_adherence([c.arguments['prompt'] or '' for c in cells], [c.picture for c in cells], scorer)

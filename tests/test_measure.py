@@ -200,6 +200,8 @@ def test_everything_at_once_equals_one_by_one(reader, monkeypatch):
     np.testing.assert_allclose(each['likeness'], [*identity_similarity(her, pictures[:2], reader=reader), *identity_similarity(him, pictures[2:], reader=reader)]); np.testing.assert_allclose(each['distance'], [*M.structure_distance(her, pictures[:2], reader), *M.structure_distance(him, pictures[2:], reader)])
     both = [person(1), person(1, 163, 148)]; np.testing.assert_allclose(M.measure_pictures(both, pictures, reader=reader)['likeness'], identity_similarity(both, pictures, reader=reader))
     mean = mean_face([reader.best(p) for p in both]); found = M.measure_pictures(mean, pictures, reader=reader); np.testing.assert_allclose(found['likeness'], identity_similarity(mean, pictures, reader=reader)); assert np.isfinite(found['distance'][[0, 2, 3]]).all()
+    from faceid_nb.face import Face
+    bare = M.measure_pictures(Face(her.embedding, pack=her.pack), pictures, judge=False, reader=reader); np.testing.assert_allclose(bare['likeness'], identity_similarity(her, pictures, False, reader)); assert np.isnan(bare['distance']).all()
     with pytest.raises(ArgumentError, match='2 references for 4'): M.measure_pictures([her, him], pictures, reader=reader, each=True)
     looked, detect = [], reader.detector.detect; monkeypatch.setattr(reader.detector, 'detect', lambda image: looked.append(1) or detect(image)); M.measure_pictures(her, pictures, reader=reader); assert len(looked) == 4
     assert M.measure_pictures(her, [], reader=reader)['likeness'].shape == (0,)
