@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['TINY', 'HUB', 'CARD_NEGATIVE', 'TERMS', 'SD15', 'SDXL', 'VIT_H', 'MODELS', 'DDIM', 'CONFIGS', 'Model',
            'choose_device', 'tell_licence', 'missing', 'check_sum', 'find_file', 'no_bars', 'is_sdxl', 'file_config',
-           'load_pipeline', 'find_parts', 'load']
+           'load_pipeline', 'one_at_a_time', 'find_parts', 'load']
 
 # %% ../nbs/07_models.ipynb #149740f0
-import errno, hashlib, json, re, sys, warnings
+import errno, hashlib, json, re, sys, threading, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
@@ -186,6 +187,14 @@ def load_pipeline(
         raise missing(f'The {"VAE" if what == vae else "base model"} {what}', what, e, download) from e
 
 # %% ../nbs/07_models.ipynb #40b286f7
+def one_at_a_time(f):
+    "Threads that call `f` wait for each other: while diffusers loads weights it changes torch for everybody, and two at once leave it changed."
+    lock = threading.Lock()
+    @wraps(f)
+    def alone(*args, **more):
+        with lock: return f(*args, **more)
+    return alone
+
 def find_parts(name, base=None, folder=None, cache_dir=None, download=True) -> dict:
     "Where the weights of a model are: files, folders of the tiny pack or of the caller, or names of repositories. Checkpoint and LoRA are fetched if need be."
     if name not in MODELS: raise ArgumentError(f'There is no model {name!r}', '', f'Choose among {", ".join(MODELS)}')
@@ -194,6 +203,7 @@ def find_parts(name, base=None, folder=None, cache_dir=None, download=True) -> d
     return dict(**files, encoder=m.encoder and (beside(m.encoder) or beside('image_encoder') or m.encoder), base=here or m.base, vae=None if here else m.vae)
 
 # %% ../nbs/07_models.ipynb #6d698377
+@one_at_a_time
 @no_bars(on=False)
 def load(
     name,             # one of `MODELS`

@@ -45,6 +45,7 @@ def identify(value):
 def identify_photo(photo):
     "As `identify`; a path or bytes stand for the picture in them."
     if isinstance(photo, (list, tuple)): return [identify_photo(p) for p in photo]
+    if isinstance(photo, (str, os.PathLike)) and not Path(photo).is_file(): raise ArgumentError(f'There is no photograph {Path(photo).name}', 'No such file', 'Check the path')
     return 'photo ' + digest(Path(photo).read_bytes() if isinstance(photo, (str, os.PathLike)) else photo) if isinstance(photo, (str, bytes, os.PathLike)) else identify(photo)
 
 # %% ../nbs/14_sweep.ipynb #a953b3a4
@@ -110,7 +111,7 @@ def as_axis(name, values) -> dict:  # label -> value
     if isinstance(values, dict): pairs = [(str(k), v) for k, v in values.items()]
     else:
         if isinstance(values, (str, bytes, int, float, Image.Image, Face)) or not hasattr(values, '__len__'): raise ArgumentError(f'The axis {name} must be a list', repr(values)[:80], 'Put one value into fixed=')
-        stem = lambda v, i: v if name not in ('face', 'structure') and isinstance(v, str) else Path(v).stem if isinstance(v, (str, os.PathLike)) else f'{name} {i}' if name in ('face', 'structure') or not isinstance(v, (int, float, np.number)) else f'{v:g}'
+        stem = lambda v, i: v if name not in ('face', 'structure') and isinstance(v, str) else Path(v).stem if isinstance(v, (str, os.PathLike)) else f'{name} {i}' if name in ('face', 'structure') or not isinstance(v, (int, float, np.number)) else str(v)
         pairs = [(stem(v, i), v) for i, v in enumerate(values)]
     if not pairs: raise ArgumentError(f'The axis {name} is empty', '', 'Give at least one value')
     labels = [p[0] for p in pairs]; twice = sorted({l for l in labels if labels.count(l) > 1})
@@ -165,12 +166,17 @@ def _free_memory(model):
     if model.pipe.device.type == 'cuda': torch.cuda.empty_cache()
 
 # %% ../nbs/14_sweep.ipynb #f8b547ac
+_loading = threading.Lock()
+
 @lru_cache(1)
-def _loaded(recipe):
-    "The model of a worker: loaded once, kept until another one is asked for."
+def _load(recipe):
     from faceid_nb.models import load
     model = load(**dict(recipe)); model.pipe.set_progress_bar_config(disable=True)
     return model, threading.Lock()
+
+def _loaded(recipe):
+    "The model of a worker and its lock: loaded once, by whichever thread comes first, and kept until another model is asked for."
+    with _loading: return _load(recipe)
 
 def find_scoring(reader, judge=True):
     "(judge, its name). Where the second recogniser is missing, the steering one scores, which flatters: the name says so."
@@ -208,15 +214,17 @@ def make_batch(
     return [replace(c, arguments=None) for c in done], max(fits, 1)   # a worker sends back results, not photographs
 
 # %% ../nbs/14_sweep.ipynb #5587b763
-_faces = lru_cache(1)(lambda: {})   # photographs that this process has read: {(reader, contents, which): Face}
+_faces, _MANY = {}, 64   # photographs that this process has read lately: {(face pack, contents, which): Face}
 
 def _read_face(reader, photo, which):
     "(what `generate` takes for a person, '') or (None, what was wrong)."
     def one(p):
         if isinstance(p, Face) or reader is None or getattr(p, 'ndim', 0) == 1: return p
-        key = id(reader), identify_photo(p), which
-        if key not in _faces(): _faces()[key] = reader.best(p, which)
-        return _faces()[key]
+        key = str(reader.folder), identify_photo(p), which
+        if key not in _faces:
+            if len(_faces) >= _MANY: _faces.pop(next(iter(_faces)))
+            _faces[key] = reader.best(p, which)
+        return _faces[key]
     try: return ([one(p) for p in photo] if isinstance(photo, (list, tuple)) else one(photo)), ''
     except (FaceIDError, OSError) as e: return None, str(e)
 

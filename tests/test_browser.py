@@ -6,7 +6,7 @@ from conftest import ROOT, environment
 
 sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed: pip install playwright')
 CHROMIUM = next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
-pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason='no Chromium here: apt-get install chromium'), pytest.mark.xdist_group('browser')]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason='no Chromium here: apt-get install chromium')
 FLAGS = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
 TOKEN = 'a-token-for-the-tests'
 SHOTS = Path(os.environ.get('FACEID_SCREENSHOTS', ROOT/'out'/'screenshots'))   # looked at, and kept by CI
@@ -73,12 +73,12 @@ def upload(page, path):
 def likenesses(page): return re.findall(r'likeness (-?\d\.\d\d)', board(page).inner_text())
 
 
-def test_a_photograph_without_a_face_is_answered_and_the_controls_live(page, photographs):
+def a_photograph_without_a_face_is_answered_and_the_controls_live(page, photographs):
     upload(page, photographs/'wall.png'); alert = board(page).get_by_role('alert'); alert.wait_for(); assert "No face was found in 'wall.png'" in alert.inner_text(); shot(page, 'no-face')
     button(page, 'Generate').click(); wait(page, lambda: 'Add a photograph' in alert.inner_text())
 
 
-def test_upload_choose_generate_and_likeness(page, photographs):
+def upload_choose_generate_and_likeness(page, photographs):
     upload(page, photographs/'two.png'); wait(page, lambda: 'two.png' in board(page).inner_text()); assert not board(page).get_by_role('alert').count()
     second = board(page).locator('.widget-toggle-buttons button').nth(1); second.click(); wait(page, lambda: 'mod-active' in (second.get_attribute('class') or ''))
     set_slider(page, 'steps', 12); set_slider(page, 'pictures', 2); go, stop = (button(page, n) for n in ('Generate', 'Stop')); assert stop.is_disabled()
@@ -86,19 +86,28 @@ def test_upload_choose_generate_and_likeness(page, photographs):
     assert '2 made in' in board(page).inner_text() and 'cpu' in board(page).inner_text(); board(page).scroll_into_view_if_needed(); shot(page, 'portraits')
 
 
-def test_stop_in_the_middle_with_a_preview_and_again(page):
+def stop_in_the_middle_with_a_preview_and_again(page):
     set_slider(page, 'steps', 100); go, stop = (button(page, n) for n in ('Generate', 'Stop')); go.click()
     wait(page, lambda: board(page).locator('.faceid-preview img').count() == 2); shot(page, 'preview'); began = time.time(); stop.click(); wait(page, lambda: go.is_enabled(), 20); assert time.time() - began < 15 and 'stopped' in board(page).inner_text() and len(likenesses(page)) == 2
     set_slider(page, 'steps', 4); go.click(); wait(page, lambda: len(likenesses(page)) == 4)
 
 
-def test_structure_is_only_where_it_exists(page):
+def structure_is_only_where_it_exists(page):
     model, box = board(page).locator('select').first, board(page).locator('.widget-hslider:has-text("structure") .widget-readout')
     assert box.get_attribute('contenteditable') == 'true'; model.select_option('tiny-faceid'); wait(page, lambda: box.get_attribute('contenteditable') != 'true'); model.select_option('tiny-plusv2'); wait(page, lambda: box.get_attribute('contenteditable') == 'true')
 
 
-def test_the_code_is_shown_and_a_picture_is_saved(page, project):
+def the_code_is_shown_and_a_picture_is_saved(page, project):
     button(page, 'code').first.click(); text = board(page).locator('textarea:disabled'); wait(page, lambda: 'model.generate(' in text.input_value()); assert "read('two.png')[1]" in text.input_value()
     button(page, 'save').first.click(); wait(page, lambda: 'saved as portraits' in board(page).inner_text()); files = list((project/'nbs'/'portraits').glob('*.png')); assert len(files) == 1
     from faceid_nb.faceid import read_record
     assert read_record(files[0])['settings']['model'] == 'tiny-plusv2'
+
+
+def test_the_portrait_dashboard(page, photographs, project):
+    "One visit, in this order: several workers would each open a page of their own."
+    a_photograph_without_a_face_is_answered_and_the_controls_live(page, photographs)
+    upload_choose_generate_and_likeness(page, photographs)
+    stop_in_the_middle_with_a_preview_and_again(page)
+    structure_is_only_where_it_exists(page)
+    the_code_is_shown_and_a_picture_is_saved(page, project)

@@ -281,3 +281,18 @@ def test_a_damaged_single_file(files, configs, tmp_path):
     for bad in (data[:len(data)//2], b'<!doctype html>', b''):
         (tmp_path/'bad.safetensors').write_bytes(bad)
         with pytest.raises(BaseModelError, match='cannot be loaded'): M.load_pipeline(tmp_path/'bad.safetensors')
+
+
+def test_threads_load_one_after_the_other(monkeypatch):
+    import threading, time
+    from faceid_nb import models
+    inside, most, find = [0], [0], models.find_parts
+    def counted(*a, **k):
+        inside[0] += 1; most[0] = max(most[0], inside[0]); time.sleep(.1); inside[0] -= 1; return find(*a, **k)
+    monkeypatch.setattr(models, 'find_parts', counted); made = []
+    threads = [threading.Thread(target=lambda: made.append(models.load('tiny-faceid', device='cpu'))) for _ in range(3)]
+    for t in threads: t.start()
+    for t in threads: t.join(120)
+    assert len(made) == 3 and most == [1] and {p.device.type for m in made for p in m.pipe.unet.parameters()} == {'cpu'}
+    import torch
+    assert torch.nn.Linear(1, 1).weight.device.type == 'cpu'   # torch is as it was

@@ -13,7 +13,7 @@ from helpers_sweep import FACE, FakeModel, fast_sweep
 AXES = dict(s_scale=[0, .5, 1], seed=[0, 1, 2])
 
 def names(cells): return [(c.parameters['s_scale'], c.parameters['seed']) for c in cells]
-def pictures(folder): return sorted((folder/'pictures').glob('*.png'))
+def pictures(folder): return sorted(p for p in (folder/'pictures').glob('*.png') if p.name[0] != '.')   # a killed process may leave half a file, under a hidden name
 def arrays(cells): return np.stack([np.asarray(c.image, np.float32) for c in cells])
 
 # names of cells
@@ -31,6 +31,7 @@ def test_photographs_enter_with_their_contents(tmp_path):
     key = lambda photo: Sweep(FakeModel(), dict(seed=[0]), dict(face=photo)).cells[0].key
     assert key(a) == key(str(b)) == key(a.read_bytes()) != key([a]); before = key(a)
     Image.new('RGB', (8, 8), 'blue').save(a); assert key(a) != before
+    with pytest.raises(ArgumentError, match='no photograph gone.png'): key(tmp_path/'gone.png')
     axis = Sweep(FakeModel(), dict(face=[a, b])); assert [c.parameters['face'] for c in axis.cells] == ['a', 'b']
 
 def test_what_identifies_a_value():
@@ -56,6 +57,18 @@ def test_weights_by_name_file_and_tensor(tmp_path):
     (dict(seed=[0]), dict(seed=1), 'given twice'), (dict(scale=['much']), {}, 'scale must be a number'), (dict(scale=[math.nan]), {}, 'scale must be a number'), ({}, {}, 'needs an axis'), (dict(seed=[None]), {}, 'seed must be a number')])
 def test_refused(axes, fixed, words):
     with pytest.raises(ArgumentError, match=words): Sweep(FakeModel(), axes, dict(face=FACE) | fixed)
+
+def test_large_seeds_differ(): assert len(Sweep(FakeModel(), dict(seed=[1234567, 1234568, 2**40]), dict(face=FACE))) == 3
+
+def test_faces_are_remembered_by_pack_and_contents_and_not_for_ever():
+    class Reader:
+        def __init__(self, folder): self.folder, self.read = folder, []
+        def best(self, photo, which): self.read.append((photo, which)); return f'{self.folder} {photo} {which}'
+    S._faces.clear(); a, b = Reader('a'), Reader('b')
+    for r in (a, b, a): assert S._read_face(r, b'1', 'largest') == (f'{r.folder} {b"1"} largest', '')
+    assert len(a.read) == 1 == len(b.read) and S._read_face(a, b'1', 'left')[0].endswith('left') and S._read_face(a, [b'1', b'2'], 'left')[0][1].startswith("a b'2'")
+    for k in range(200): S._read_face(a, str(k).encode(), 'largest')
+    assert len(S._faces) == S._MANY; S._faces.clear()
 
 def test_no_face_no_model_and_bad_folders(tmp_path):
     with pytest.raises(ArgumentError, match='No face'): Sweep(FakeModel(), dict(seed=[0]))
@@ -244,8 +257,11 @@ def test_a_broken_executor_says_so_and_the_next_run_goes_on(real_axes, alone, tm
         with pytest.raises(FaceIDError, match='worker process died.*Run again'): list(run)
     kept = len(read_table(tmp_path)); assert 1 <= kept < 8; made = list(Sweep(tiny, real_axes, STEPS).run(tmp_path, progress=False)); assert sum(c.kept for c in made) == kept; same(made, alone, tmp_path)
 
-def test_threads_share_one_model(real_axes, alone, tmp_path):
+def test_threads_share_one_model(real_axes, alone, tmp_path, monkeypatch):
+    import faceid_nb.models as models
+    S._load.cache_clear(); loads, load = [], models.load; monkeypatch.setattr(models, 'load', lambda **k: loads.append(k) or time.sleep(.2) or load(**k))
     with cf.ThreadPoolExecutor(3) as pool: same(list(Sweep('tiny-plusv2', real_axes, STEPS, load=dict(device='cpu')).run(tmp_path, executor=pool, batch_size=2, progress=False)), alone, tmp_path)
+    assert loads == [dict(name='tiny-plusv2', device='cpu')]
 
 def test_dask_and_one_worker_killed_in_the_middle(real_axes, alone, tmp_path, monkeypatch):
     distributed = pytest.importorskip('distributed'); monkeypatch.chdir(tmp_path)
