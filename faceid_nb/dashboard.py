@@ -7,7 +7,6 @@ __all__ = ['png', 'picture', 'number', 'show_photograph', 'show_portrait', 'Port
 
 # %% ../nbs/17_dashboard.ipynb #238d0faf
 import html, io, math
-from functools import partial
 
 import ipywidgets as W
 from PIL import Image

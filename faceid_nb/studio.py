@@ -10,7 +10,6 @@ import io, math, random, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
 from traitlets import Bool, Float, HasTraits, Int, List, TraitError, Unicode, validate
 
 from .errors import ArgumentError, FaceIDError
@@ -32,8 +31,9 @@ class Worker(HasTraits):
     def _run(self, work):
         try: work()
         except FaceIDError as e: self.error = str(e)
-        except MemoryError: self.error = OUT_OF_MEMORY
-        except Exception as e: self.error = OUT_OF_MEMORY if 'out of memory' in str(e).lower() else f'{type(e).__name__}: {str(e)[:300]}'
+        except Exception as e:
+            from faceid_nb.sweep import out_of_memory
+            self.error = OUT_OF_MEMORY if out_of_memory(e) else f'{type(e).__name__}: {str(e)[:300]}'
         finally: self.busy = False
     def stop(self): "Ask the work to end; returns at once."; self.stopping.set()
     def wait(self, seconds=None): "Until the work has ended: whether it has."; self._thread and self._thread.join(seconds); return not self.busy

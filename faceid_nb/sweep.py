@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import ArgumentError, FaceIDError, PackMissingError
-from .face import Face, FaceReader, read_image
+from .face import Face
 
 # %% ../nbs/14_sweep.ipynb #6309cf3f
 def digest(*parts) -> str:  # 64 hex digits
