@@ -93,7 +93,7 @@ class Step:
         return self.pipe.image_processor.postprocess(x.float(), output_type='pil')
 
 # %% ../nbs/08_faceid.ipynb #d1a67e45
-_KNOBS = ('start', 'end', 'layers', 'negative')                 # of `FaceIDAdapter.condition`
+_KNOBS = ('start', 'end', 'layers', 'negative', 'record')       # of `FaceIDAdapter.condition`
 _ROWWISE = ('image', 'mask_image', 'control_image', 'latents')  # pipeline arguments that may be lists with one entry a row
 
 def run_rows(
@@ -242,7 +242,7 @@ class FaceID:
         which='largest',     # which face of a photograph
         batch_size=None,     # rows at a time; the pictures do not depend on it
         on_step=None,        # called with a `Step` after each step
-        **more,              # start, end, layers, negative of `FaceIDAdapter.condition`; everything else goes to the pipeline
+        **more,              # start, end, layers, negative, record of `FaceIDAdapter.condition`; everything else goes to the pipeline
     ) -> list:
         "Pictures, all samples of the first face, then of the second; fewer where `stop` was called. Their records are in `.info['faceid_nb']`."
         check_arguments(self.pipe, more)
@@ -285,7 +285,7 @@ def record(image, row, faceid, steps, guidance_scale, more):
     "Note on a PIL picture how it was made; other outputs come back as they are."
     if not isinstance(image, Image.Image): return image
     from faceid_nb import __version__
-    plain = {k: v for k, v in more.items() if isinstance(v, (str, int, float, bool))}
+    plain = {k: v for k, v in more.items() if k != 'record' and isinstance(v, (str, int, float, bool))}
     image.info['faceid_nb'] = dict(model=faceid.name, prompt=row.prompt, negative_prompt=row.negative_prompt, seed=row.seed, scale=row.scale, s_scale=row.s_scale, steps=steps,
         guidance_scale=guidance_scale, scheduler=type(faceid.pipe.scheduler).__name__, person=row.person, sample=row.sample, **plain, version=__version__)
     return image

@@ -317,14 +317,16 @@ def _recipe(model, load):
 
 def _portable(photo): return [_portable(p) for p in photo] if isinstance(photo, (list, tuple)) else Path(photo).read_bytes() if isinstance(photo, (str, os.PathLike)) else photo
 
-def run_here(sweep, cells, size, bar):
+def run_here(sweep, cells, size, bar, on_step=None):
     "Generator of lists of finished cells, batch after batch in this process."
     queue = batches(cells, size)
     while queue and not sweep.stopped:
         model, shared, part = queue.pop(0); before = bar.n
         sweep.working = faceid = _loaded(_recipe(model, sweep.load))[0] if isinstance(model, str) else model
-        def on_step(step): bar.n = before + round(len(part)*min(step.done/step.total, .99), 2); bar.refresh()
-        done, fits = make_batch(faceid, part, shared, sweep.judge, sweep.scorer, sweep.measure, on_step=on_step if not bar.disable else None)
+        def told(step):
+            bar.n = before + round(len(part)*min(step.done/step.total, .99), 2); bar.refresh()
+            if on_step: on_step(step)
+        done, fits = make_batch(faceid, part, shared, sweep.judge, sweep.scorer, sweep.measure, on_step=told if on_step or not bar.disable else None)
         sweep.working, bar.n = None, before
         if fits < len(part): size = fits; queue = smaller(queue, size)
         yield done
@@ -414,6 +416,7 @@ class Sweep:
         batch_size=None,   # None: by the model and the device
         progress=True,     # a bar
         cells=None,        # some of `self.cells`; None: all
+        on_step=None,      # without an executor: called with a `Step` of the batch at work after each step; may call `stop`
     ):
         "Generator of finished `Cell`s, those of an earlier run first (`kept`). Cells that failed before are tried again. What is yielded is on the disk."
         from tqdm.auto import tqdm
@@ -430,7 +433,7 @@ class Sweep:
                 bar.update(); return mine[key][0]
             for key in [k for k in mine if k in there]: yield settle(key, True, **there[key] | dict(file=shelf.folder/there[key]['file']))
             waiting = [same[0] for k, same in mine.items() if k not in there]
-            for done in run_here(self, waiting, size, bar) if executor is None else run_on(self, waiting, size, executor):
+            for done in run_here(self, waiting, size, bar, on_step) if executor is None else run_on(self, waiting, size, executor):
                 for c in done: shelf.put(c)
                 for c in done:
                     failed += c.state == 'failed'; bar.set_postfix_str(f'{failed} failed'*bool(failed)); yield settle(c.key, False, file=c.file, **{k: getattr(c, k) for k in _RESULTS})
@@ -455,23 +458,37 @@ def find_settings(
     seeds=range(4),    # pictures of each setting
     folder=None,       # keeps the pictures, and knows those of earlier searches
     progress=True, load=None, judge=True, scorer=None,  # as for `Sweep`
+    stop=None,         # a `threading.Event` that ends the search: what it made is kept in `folder`
+    on_step=None,      # called with a `Step` after each step
     **fixed,           # further arguments of `generate`
-) -> Found:
+) -> Found:            # None where it was stopped
     "The setting with the best prompt adherence among those that reach a likeness; for each s_scale by halving over scale."
     import pandas as pd
     from faceid_nb.models import MODELS
     variant = MODELS[model].variant if isinstance(model, str) and model in MODELS else getattr(getattr(model, 'adapter', None), 'variant', '')
     scales = sorted(float(s) for s in (np.arange(1, 13)/10 if scales is None else scales)); s_scales = [float(s) for s in ((0., .5, 1.) if variant == 'plusv2' else (1.,)) ] if s_scales is None else list(map(float, s_scales))
     sweep = Sweep(model, dict(s_scale=s_scales, scale=scales, seed=list(seeds)), dict(fixed, face=face, prompt=prompt), load=load, judge=judge, scorer=scorer); rows = {}
+    def stopped(): return stop is not None and stop.is_set()
+    def told(step):
+        if stopped(): sweep.stop()
+        if on_step: on_step(step)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as where:
         def ask(settings):   # all of them in the same batches
-            cells = [c for c in sweep.cells if (c.parameters['s_scale'], c.parameters['scale']) in settings]; list(sweep.run(where, cells=cells, progress=progress))
+            cells = [c for c in sweep.cells if (c.parameters['s_scale'], c.parameters['scale']) in settings]
+            if not stopped(): list(sweep.run(where, cells=cells, progress=progress, on_step=told if stop or on_step else None))
+            if stopped(): return   # some have no results
             for c in cells: rows.setdefault((c.parameters['s_scale'], c.parameters['scale']), []).append((c.likeness, c.adherence, c.error))
         def reached(s, k): return np.nan_to_num([r[0] for r in rows[s, scales[k]]]).mean() >= likeness
-        last = len(scales) - 1; ask({(s, scales[last]) for s in s_scales}); span = {s: (0, last) for s in s_scales if reached(s, last)}
+        last, span = len(scales) - 1, {}
+        for top in dict.fromkeys((last, 2*last//3, last//3)):   # the largest scale need not be the one of most likeness
+            if not (left := [s for s in s_scales if s not in span]) or stopped(): break
+            ask({(s, scales[top]) for s in left})
+            if not stopped(): span |= {s: (0, top) for s in left if reached(s, top)}
         while asked := {s: (low + high)//2 for s, (low, high) in span.items() if low < high}:
             ask({(s, scales[k]) for s, k in asked.items()})
+            if stopped(): break
             for s, k in asked.items(): span[s] = (span[s][0], k) if reached(s, k) else (k + 1, span[s][1])
+    if stopped(): return None
     errors = [r[2] for v in rows.values() for r in v if r[2]]
     if len(errors) == sum(map(len, rows.values())): raise FaceIDError('No picture could be made', errors[0], 'Try one call of generate with these arguments')
     mean = lambda v: float(np.mean(v)) if len(v) else math.nan

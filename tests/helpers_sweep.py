@@ -13,10 +13,10 @@ class FakePipe:
     def __init__(self, weight): self.unet = SimpleNamespace(state_dict=lambda: dict(w=torch.tensor([float(weight)])))
 
 class FakeModel:
-    "`room`: rows that fit into memory; `bad(face, seed, s_scale)`: what cannot be made; `pause`: seconds a picture."
-    def __init__(self, weight=1, room=10**6, error=None, bad=lambda *_: False, pause=0.):
+    "`room`: rows that fit into memory; `bad(face, seed, s_scale)`: what cannot be made; `pause`: seconds a picture; `steps`: how often `on_step` is called."
+    def __init__(self, weight=1, room=10**6, error=None, bad=lambda *_: False, pause=0., steps=1):
         self.pipe, self.adapter, self.reader, self.origin, self.name, self.negative_prompt = FakePipe(weight), SimpleNamespace(state_dict=dict, variant='plusv2'), None, None, 'fake', ''
-        self.room, self.error, self.bad, self.pause, self.sizes, self.stopped = room, error, bad, pause, [], False
+        self.room, self.error, self.bad, self.pause, self.steps, self.sizes, self.stopped = room, error, bad, pause, steps, [], False
     def stop(self): self.stopped = True
     def generate(self, face, prompt, *, num_samples, seed, scale, s_scale, negative_prompt=None, on_step=None, **shared):
         self.sizes.append(len(face))
@@ -24,6 +24,9 @@ class FakeModel:
         for f, k, s in zip(face, seed, s_scale):
             if self.bad(f, k, s): raise ValueError(f'seed {k} cannot be drawn')
         out, self.stopped = [], False
+        for k in range(self.steps if on_step else 0):
+            on_step(SimpleNamespace(done=k + 1, total=self.steps, rows=list(face), clean=None))
+            if self.stopped: return []
         for row in zip(face, prompt, seed, scale, s_scale):
             time.sleep(self.pause)
             if self.stopped: break

@@ -304,10 +304,32 @@ def test_the_search_finds_what_the_grid_has(data):
     try: found = find_settings(FakeModel(), FACE, 'x', wanted, scales=scales, s_scales=s_scales, seeds=[0, 1], progress=False, num_inference_steps=1)
     finally: S._measure = before
     good = [(adhere[s][k]/10, -a, s) for s in s_scales for k, a in enumerate(scales) if like[s][k]/10 >= wanted]
-    assert found.reached == bool(good) and found.pictures <= 2*len(s_scales)*(1 + math.ceil(math.log2(len(scales)) if len(scales) > 1 else 0)) == found.pictures + 2*len(s_scales)*(1 + math.ceil(math.log2(len(scales)) if len(scales) > 1 else 0)) - found.pictures
+    assert found.reached == bool(good) and found.pictures <= 2*len(s_scales)*(3 + math.ceil(math.log2(len(scales))))
     if good: assert found.adherence == max(good)[0] and found.likeness >= wanted and like[found.s_scale][scales.index(found.scale)]/10 == found.likeness
     else: assert found.likeness == max(like[s][-1] for s in s_scales)/10
     assert len(found.table)*2 == found.pictures
+
+def test_a_search_does_not_give_up_where_the_largest_scale_spoils_the_pictures(monkeypatch):
+    like = {1.: .1, 2.: .5, 3.: .7, 4.: .6, 5.: .4, 6.: .2}
+    def measured(model, cells, *_):
+        for c in cells: c.likeness, c.adherence = like[c.parameters['scale']], 1/c.parameters['scale']
+    monkeypatch.setattr(S, '_measure', measured); ask = lambda wanted: find_settings(FakeModel(), FACE, 'x', wanted, scales=list(like), s_scales=[1], seeds=[0], progress=False)
+    assert ask(.45).scale == 2 and ask(.55).scale == 3 and not ask(.95).reached and ask(.15).pictures <= 4
+
+@pytest.mark.parametrize('after', [1, 3, 5, 9])
+def test_a_search_can_be_stopped_and_goes_on(after, tmp_path):
+    stop, seen = threading.Event(), []
+    def on_step(step):
+        seen.append(step.done)
+        if len(seen) == after: stop.set()
+    ask = lambda **more: find_settings(FakeModel(steps=2), FACE, 'x', .5, scales=[1, 2, 3], s_scales=[0, 1], seeds=[0, 1], folder=tmp_path, progress=False, judge=False, **more)
+    assert ask(stop=stop, on_step=on_step) is None or len(seen) < after
+    made = len(list((tmp_path/'pictures').glob('*.png'))); found = ask(); assert found.pictures >= made and found.pictures <= 12
+
+def test_a_sweep_tells_its_steps_without_a_bar_and_is_stopped_from_one(tmp_path):
+    sweep, seen = Sweep(FakeModel(steps=3), dict(seed=[0, 1, 2, 3]), dict(face=FACE)), []
+    done = list(sweep.run(tmp_path, progress=False, batch_size=2, on_step=lambda s: seen.append((s.done, s.total)))); assert len(done) == 4 and seen == [(1, 3), (2, 3), (3, 3)]*2
+    other = Sweep(FakeModel(steps=3), dict(seed=[4, 5, 6, 7]), dict(face=FACE)); assert list(other.run(tmp_path, progress=False, batch_size=2, on_step=lambda s: s.done == 2 and other.stop())) == []
 
 def test_a_search_counts_a_missing_face_as_nothing(monkeypatch):
     def measured(model, cells, *_):
