@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['WIDE', 'NAMED', 'Tile', 'encode', 'Drop', 'Code', 'close_all', 'View', 'replace', 'number', 'visible', 'Status',
-           'Controls', 'Panel', 'say_likeness', 'say_results', 'PortraitPanel', 'figure_tile', 'show_figure',
+           'Controls', 'Panel', 'look_at', 'say_likeness', 'say_results', 'PortraitPanel', 'figure_tile', 'show_figure',
            'GridPanel', 'ComparisonPanel', 'AttentionPanel', 'this_cell', 'Board', 'portrait_dashboard',
            'structure_dashboard', 'similarity_dashboard', 'attention_dashboard', 'studio']
 
 # %% ../nbs/17_dashboard.ipynb #238d0faf
-import html, io, math, time
+import html, io, math, threading, time
 
 import anywidget, ipywidgets as W, traitlets as T
 from PIL import Image
@@ -17,7 +17,7 @@ from PIL import Image
 from .models import MODELS
 from .studio import RANGES, Attention, Comparison, Grid, Studio, describe_model, parts_needed
 
-# %% ../nbs/17_dashboard.ipynb #668a30d6
+# %% ../nbs/17_dashboard.ipynb #fb163d77
 class Tile(anywidget.AnyWidget):
     "A picture with a caption; a button where it is `clickable`. Empty, it shows its caption in a grey place."
     image, alt, caption, tip = T.Bytes(b'').tag(sync=True), T.Unicode('').tag(sync=True), T.Unicode('').tag(sync=True), T.Unicode('').tag(sync=True)
@@ -74,7 +74,7 @@ def encode(image, side=None) -> bytes:
     if side and max(image.size) > side: image.thumbnail((side, side), Image.Resampling.LANCZOS)
     image.save(data, **dict(format='PNG') if max(image.size) <= 256 else dict(format='JPEG', quality=90)); return data.getvalue()
 
-# %% ../nbs/17_dashboard.ipynb #8570d24f
+# %% ../nbs/17_dashboard.ipynb #2e731d9e
 class Drop(anywidget.AnyWidget):
     "A place where picture files are dropped, and a button that opens the file dialogue: `on_file(name, bytes)` for each."
     label = T.Unicode('Drop photographs here, or click to choose').tag(sync=True)
@@ -133,7 +133,7 @@ export default {render};
 .faceid-code button { position: absolute; right: 6px; top: 10px; }
 """
 
-# %% ../nbs/17_dashboard.ipynb #08fc45c2
+# %% ../nbs/17_dashboard.ipynb #b8cede57
 def close_all(widget):
     "Close a widget with its children, layout and style."
     for child in getattr(widget, 'children', ()): close_all(child)
@@ -146,7 +146,7 @@ class View(W.VBox):
     def __init__(self, studio, children=(), **more): self.studio, self._undo = studio, []; super().__init__(children, **more)
     def watch(self, owner, names, show):
         "Call `show()` now, and whenever one of the traits changes."
-        heard = lambda change: show(); owner.observe(heard, names); self._undo.append(lambda: owner.unobserve(heard, names)); show()
+        heard = lambda change: self.act(show); owner.observe(heard, names); self._undo.append(lambda: owner.unobserve(heard, names)); show()
     def link(self, name, widget, owner=None): self._undo.append(T.link((owner or self.studio, name), (widget, 'value')).unlink)
     def act(self, f):
         "f(), and what goes wrong becomes the studio's error."
@@ -172,7 +172,7 @@ def number(view, name, label, tip, step=None):
 
 def visible(widget, yes): widget.layout.display = None if yes else 'none'
 
-# %% ../nbs/17_dashboard.ipynb #ff694a5d
+# %% ../nbs/17_dashboard.ipynb #966a3f8f
 class Status(View):
     "Errors, notes, progress and the machine."
     def __init__(self, studio):
@@ -187,7 +187,7 @@ class Status(View):
         self.told.value = f'<span role="status">{html.escape(s.status)}{f", step {s.step} of {s.steps}{left}" if s.busy and s.step else ""}</span>'
     def _machine(self): s = self.studio; self.machine.value = f'<small>{html.escape(f"{s.device} | memory {s.memory} | faces: {s.provider} | files go into {s.folder}/")}</small>'
 
-# %% ../nbs/17_dashboard.ipynb #356584d8
+# %% ../nbs/17_dashboard.ipynb #050eea20
 class Controls(View):
     "Photographs, model, prompt and knobs: everything that a generation is given."
     def __init__(self, studio):
@@ -217,14 +217,19 @@ class Controls(View):
         visible(self.knobs['s_scale'], s.has_structure); visible(self.download, not here); self.act(s.look)
     def _several(self): n = len(self.studio.photographs); self.used.max = max(n, 1); visible(self.used, self.studio.several and n > 1 and not self.studio.side_by_side); visible(self.apart, n > 1)
 
-# %% ../nbs/17_dashboard.ipynb #819a273f
+# %% ../nbs/17_dashboard.ipynb #6ef68b6f
 class Panel(View):
     "A tab: buttons that begin and stop the studio's work, and what came of it."
     def start(self, text, f, tip, **more):
         "A button that begins work: it cannot be pressed while something is at work."
-        b = self.button(text, f, tip, button_style='primary', icon='play', **{'layout': dict(width='120px'), **more}); self.watch(self.studio.worker, ['busy'], lambda: b.set_trait('disabled', self.studio.busy)); return b
-    def halt(self): b = self.button('Stop', self.studio.stop, 'end after this step; what is finished is kept', icon='stop', layout=dict(width='90px')); self.watch(self.studio.worker, ['busy'], lambda: b.set_trait('disabled', not self.studio.busy)); return b
+        b = self.button(text, f, tip, button_style='primary', icon='play', **{'layout': dict(width='110px'), **more}); self.watch(self.studio.worker, ['busy'], lambda: b.set_trait('disabled', self.studio.busy)); return b
+    def halt(self): b = self.button('Stop', self.studio.stop, 'end after this step; what is finished is kept', icon='stop', layout=dict(width='80px')); self.watch(self.studio.worker, ['busy'], lambda: b.set_trait('disabled', not self.studio.busy)); return b
     def save(self, portrait): path = self.studio.save(portrait); self.studio.note = f'saved as {path}'; return path
+
+def look_at(face):
+    "What is around a face in its photograph, as PIL."
+    image = Image.fromarray(face.image); x0, y0, x1, y1 = map(float, face.box); r = max(x1 - x0, y1 - y0); x, y = (x0 + x1)/2, (y0 + y1)/2; around = max(x - r, 0), max(y - 1.1*r, 0), min(x + r, image.width), min(y + .9*r, image.height)
+    return image.crop([round(v) for v in around])
 
 def say_likeness(p): return 'no face found' if math.isnan(p.likeness) else f'likeness {p.likeness:.2f}'
 def say_results(p): return 'no face' if math.isnan(p.likeness) else f'{p.likeness:.2f} / {p.distance:.2f}'
@@ -233,10 +238,10 @@ class PortraitPanel(Panel):
     "Previews, the gallery, and portraits side by side."
     def __init__(self, studio, most=24):
         super().__init__(studio); s, wrap = studio, dict(flex_flow='row wrap'); self.most, self._boxes = most, {}
-        self.go, self.stop = self.start('Generate', s.generate, 'make portraits'), self.halt(); self.best = W.Checkbox(description='best first', indent=False, layout=dict(width='100px'), tooltip='order by likeness'); self.link('best_first', self.best)
+        self.go, self.stop = self.start('Generate', s.generate, 'make portraits'), self.halt(); self.best = W.Checkbox(description='best first', indent=False, layout=dict(width='100px'), tooltip='order by likeness'); self.all = W.Checkbox(description='save all', indent=False, layout=dict(width='90px'), tooltip='write every portrait into the folder as it is finished'); self.link('best_first', self.best); self.link('save_all', self.all)
         self.forget = self.button('clear', s.clear, 'forget the portraits that are not kept', layout=dict(width='70px')); self.more = self.button('show more', lambda: self._more(), 'show older portraits')
         self.preview, self.beside, self.gallery, self.code, self.hint = W.HBox(layout=dict(wrap)), W.VBox(), W.HBox(layout=dict(wrap)), Code(), W.HTML('<p>Add a photograph at the left, write what the picture shall show, press Generate.</p>'); self.preview.add_class('faceid-preview'); self.gallery.add_class('faceid-gallery'); self.beside.add_class('faceid-beside')
-        self.children = [W.HBox([self.go, self.stop, self.best, self.forget], layout=dict(wrap)), self.hint, self.preview, self.beside, self.gallery, self.more, self.code]
+        self.children = [W.HBox([self.go, self.stop, self.best, self.all, self.forget], layout=dict(wrap)), self.hint, self.preview, self.beside, self.gallery, self.more, self.code]
         self.watch(s, ['preview'], self._preview); self.watch(s, ['portraits', 'best_first'], self._portraits); self.watch(s, ['compared'], self._compared)
     def _preview(self):
         seen = self.studio.preview[:8]
@@ -253,25 +258,28 @@ class PortraitPanel(Panel):
         s, chosen = self.studio, self.studio.compared
         for box in self.gallery.children: box.children[0].chosen = any(box.portrait is c for c in chosen)
         if not chosen: replace(self.beside, []); return
-        tiles = [Tile(Image.fromarray(chosen[-1].face.image), side=144, alt=f'photograph of {chosen[-1].person}', caption=f'photograph\n{chosen[-1].person[:28]}'), *(Tile(p.image, side=144, alt=f'portrait of {p.person}, {say_likeness(p)}', caption=say_likeness(p)) for p in chosen)]
+        tiles = [Tile(look_at(chosen[-1].face), side=144, alt=f'photograph of {chosen[-1].person}', caption=f'photograph\n{chosen[-1].person[:28]}'), *(Tile(p.image, side=144, alt=f'portrait of {p.person}, {say_likeness(p)}', caption=say_likeness(p)) for p in chosen)]
         rows = ''.join(f'<tr><th scope="row" style="text-align:left;padding-right:12px">{html.escape(k)}</th>' + ''.join(f'<td style="padding-right:16px">{html.escape(str(v))}</td>' for v in values) + '</tr>' for k, values in s.differences().items())
         replace(self.beside, [W.HBox(tiles, layout=dict(flex_flow='row wrap')), W.HTML(f'<table style="line-height:1.5">{rows}</table>'), self.button('put away', lambda: s.set_trait('compared', []), 'close the comparison')])
 
-# %% ../nbs/17_dashboard.ipynb #de408608
+# %% ../nbs/17_dashboard.ipynb #79b84523
 def figure_tile(width=420, alt=''): return Tile(side=width, alt=alt)
-def show_figure(tile, figure):
-    "A matplotlib figure into a tile."
-    image = Image.open(io.BytesIO(figure._repr_png_())).convert('RGB'); tile.ratio = image.height/image.width; data = io.BytesIO(); image.save(data, 'PNG'); tile.image = data.getvalue()
+_drawing = threading.Lock()   # matplotlib is not made for two threads
+def show_figure(tile, make):
+    "The matplotlib figure that `make()` returns, into a tile."
+    data = io.BytesIO()
+    with _drawing: make().savefig(data, format='png', dpi=200)   # twice what is shown, for sharp letters
+    image = Image.open(data); tile.side, tile.ratio, tile.image = min(tile.side, image.width//2), image.height/image.width, data.getvalue()
 
 class GridPanel(Panel):
     "The grid, its curves, and one cell enlarged."
     def __init__(self, studio, grid=None):
         super().__init__(studio); self.grid = g = grid or Grid(studio); self._drawn = 0; self.tiles, self.reference = [], None
         self.rows, self.columns = (W.Dropdown(options=o, description=d, tooltip=f'what varies over the {d}', style=dict(description_width='60px'), layout=dict(width='150px')) for o, d in ((('seed', 'scale'), 'rows'), (('s_scale', 'scale'), 'columns')))
-        self.values = {n: W.Text(', '.join(f'{v:g}' for v in getattr(g, n)), description=n.removesuffix('s'), continuous_update=False, tooltip='numbers with commas between them', style=dict(description_width='60px'), layout=dict(width='260px')) for n in ('seeds', 's_scales', 'scales')}
+        self.values = {n: W.Text(', '.join(f'{v:g}' for v in getattr(g, n)), description=n, continuous_update=False, tooltip='numbers with commas between them', style=dict(description_width='60px'), layout=dict(width='260px')) for n in ('seeds', 's_scales', 'scales')}
         for n, w in self.values.items(): w.observe(lambda change, n=n: self.act(lambda: g.enter(n, change.new)), 'value')
         self.link('rows', self.rows, g); self.link('columns', self.columns, g); self.go, self.stop, self.out = self.start('Fill the grid', g.run, 'make the cells that are missing'), self.halt(), self.button('Export', self._export, 'write the grid, the curves and the numbers', layout=dict(width='90px'))
-        self.table, self.photo, self.curves, self.large, self.code = W.VBox(), W.VBox(), figure_tile(350, 'curves of likeness and structure distance'), W.VBox(), Code(); self.table.add_class('faceid-grid'); self.large.add_class('faceid-large'); visible(self.curves, False)
+        self.table, self.photo, self.curves, self.large, self.code = W.VBox(), W.VBox(), figure_tile(330, 'curves of likeness and structure distance'), W.VBox(), Code(); self.table.add_class('faceid-grid'); self.large.add_class('faceid-large'); visible(self.curves, False)
         self.children = [W.HBox([self.rows, self.columns], layout=dict(flex_flow='row wrap')), *self.values.values(), W.HBox([self.go, self.stop, self.out]), W.HBox([self.photo, self.curves], layout=dict(flex_flow='row wrap', align_items='flex-end')), self.table, W.HTML('<small>below each: likeness / structure distance; click a cell to enlarge it</small>'), self.large, self.code]
         self.watch(g, ['rows', 'columns'], self._axes); self.watch(g, ['cells'], self._cells); self.watch(g, ['arrived'], self._arrived); self.watch(g, ['previews'], self._glimpse); self.watch(g, ['chosen'], self._chosen); self.watch(studio.worker, ['busy'], self._settled)
     def _axes(self):
@@ -279,7 +287,7 @@ class GridPanel(Panel):
     def _cells(self):
         g = self.grid
         if not g.cells: return
-        (rows, down), (columns, across) = g.sweep.axes.items(); label = lambda text, width='52px': W.HTML(f'<div style="text-align:center;line-height:1.2">{html.escape(text)}</div>', layout=dict(width=width)); photo = Image.fromarray(g.reference.image)
+        (rows, down), (columns, across) = g.sweep.axes.items(); label = lambda text, width='52px': W.HTML(f'<div style="text-align:center;line-height:1.2">{html.escape(text)}</div>', layout=dict(width=width)); photo = look_at(g.reference)
         self.tiles = [Tile(on_click=lambda n=c.number: self.act(lambda: g.set_trait('chosen', n)), side=96, alt=f'{rows} {c.parameters[rows]}, {columns} {c.parameters[columns]}: not made yet', caption='waiting', tip='click to enlarge') for c in g.cells]
         head = W.HBox([label(''), *(label(f'{columns} {v}', '104px') for v in across)]); m = len(across)
         lines = [W.HBox([label(f'{rows} {v}'), *self.tiles[i*m:(i + 1)*m]], layout=dict(align_items='center')) for i, v in enumerate(down)]
@@ -301,25 +309,23 @@ class GridPanel(Panel):
             if c.state == 'waiting': tile.caption = 'waiting'
         if any(c.state == 'done' for c in self.grid.cells): self._curve()
     def _curve(self):
-        from faceid_nb.plots import curves
-        t = self.grid.table()
-        if not len(t): return
-        visible(self.curves, True); show_figure(self.curves, curves(t, self._names[1], ('likeness', 'distance'), group='seed', width=4.2)); self._drawn = time.time()
+        if not any(c.state == 'done' for c in self.grid.cells): return
+        show_figure(self.curves, lambda: self.grid.curves(width=4.2)); visible(self.curves, True); self._drawn = time.time()
     def _chosen(self):
         g = self.grid
         for c, tile in zip(g.cells, self.tiles): tile.chosen = c.number == g.chosen
         if g.chosen < 0 or g.cells[g.chosen].state != 'done': replace(self.large, []); self.code.text = ''; return
-        p = g.portrait(g.chosen); tiles = [Tile(Image.fromarray(g.reference.image), side=256, alt='the photograph', caption='photograph'), Tile(p.image, side=256, alt=f'the cell, {say_likeness(p)}', caption=', '.join(f'{n} {g.cells[g.chosen].parameters[n]}' for n in self._names) + f'\n{say_likeness(p)}, structure distance {p.distance:.2f}')]
+        p = g.portrait(g.chosen); tiles = [Tile(look_at(g.reference), side=220, alt='the photograph', caption='photograph'), Tile(p.image, side=220, alt=f'the cell, {say_likeness(p)}', caption=', '.join(f'{n} {g.cells[g.chosen].parameters[n]}' for n in self._names) + f'\n{say_likeness(p)}, structure distance {p.distance:.2f}')]
         replace(self.large, [W.HBox(tiles, layout=dict(flex_flow='row wrap')), W.HBox([self.button('save', lambda: self.save(p), 'write a PNG with its settings'), self.button('code', lambda: self.code.set_trait('text', self.studio.code(p)), 'the Python that makes it'), self.button('close', lambda: g.set_trait('chosen', -1), 'back to the grid')])])
     def _export(self):
         if paths := self.grid.export(): self.studio.note = 'written: ' + ', '.join(map(str, paths))
 
-# %% ../nbs/17_dashboard.ipynb #f735df30
+# %% ../nbs/17_dashboard.ipynb #927f3e02
 class ComparisonPanel(Panel):
     "Heat map, surface, curves, trade-off and search."
     def __init__(self, studio, comparison=None):
         super().__init__(studio); self.comparison = c = comparison or Comparison(studio); wrap = dict(flex_flow='row wrap')
-        self.values = {n: W.Text(', '.join(f'{v:g}' for v in getattr(c, n)), description=n.removesuffix('s'), continuous_update=False, tooltip='numbers with commas between them', style=dict(description_width='60px'), layout=dict(width='260px')) for n in ('scales', 's_scales', 'seeds')}
+        self.values = {n: W.Text(', '.join(f'{v:g}' for v in getattr(c, n)), description=n, continuous_update=False, tooltip='numbers with commas between them', style=dict(description_width='60px'), layout=dict(width='260px')) for n in ('scales', 's_scales', 'seeds')}
         for n, w in self.values.items(): w.observe(lambda change, n=n: self.act(lambda: c.enter(n, change.new)), 'value')
         self.people, self.survey, self.search = self.start('Compare people', c.compare, 'pictures of everybody against all photographs', layout=dict(width='150px')), self.start('Survey the weights', c.survey, 'likeness and prompt adherence for every pair of weights', layout=dict(width='180px')), self.start('Find', c.search, 'the weights that reach the target with the best prompt adherence', layout=dict(width='80px'))
         self.target = W.FloatSlider(min=0, max=1, step=.01, description='target likeness', tooltip='a cosine by the judge', continuous_update=False, style=dict(description_width='105px'), layout=dict(width=WIDE)); self.link('target', self.target, c)
@@ -328,15 +334,15 @@ class ComparisonPanel(Panel):
         for w in (*self.figures.values(), self.pick, self.use): visible(w, False)
         self.children = [W.HBox([self.people, self.survey, self.halt(), self.out], layout=dict(wrap)), W.HBox([self.values['scales'], self.values['s_scales'], self.values['seeds']], layout=dict(wrap)), W.HBox([self.target, self.search], layout=dict(wrap)), W.HBox([self.pick, self.use], layout=dict(wrap)), self.pictures, W.HBox(list(self.figures.values()), layout=dict(wrap))]
         self.watch(c, ['matrix'], self._matrix); self.watch(c, ['table'], self._table); self.watch(c, ['chosen'], self._chosen); self.watch(studio, ['model'], lambda: visible(self.values['s_scales'], studio.has_structure))
-    def _show(self, name, figure): show_figure(self.figures[name], figure); visible(self.figures[name], True)
+    def _show(self, name, make): show_figure(self.figures[name], make); visible(self.figures[name], True)
     def _matrix(self):
-        if self.comparison.matrix is not None: self._show('matrix', self.comparison.heatmap())
+        if self.comparison.matrix is not None: self._show('matrix', self.comparison.heatmap)
     def _table(self):
         from faceid_nb.plots import curves, knob_heatmap
         c = self.comparison
         if c.table is None or not len(c.table): return
-        two = len(c.by) > 1; self._show('curves', curves(c.table, 'scale', group='seed', lines='s_scale' if two else None)); visible(self.figures['surface'], two)
-        if two: self._show('surface', knob_heatmap(c.table, group='seed', width=3.6))
+        two = len(c.by) > 1; self._show('curves', lambda: curves(c.table, 'scale', group='seed', lines='s_scale' if two else None)); visible(self.figures['surface'], two)
+        if two: self._show('surface', lambda: knob_heatmap(c.table, group='seed', width=3.6))
         pairs = sorted({(float(a), float(s)) for a, s in zip(c.table['scale'], c.table['s_scale'])}); self.pick.options = [(f'scale {a:g}' + f', s_scale {s:g}'*two, (a, s)) for a, s in pairs]; visible(self.pick, True); visible(self.use, True); self._chosen()
     def _chosen(self):
         from faceid_nb.plots import trade_off
@@ -345,12 +351,12 @@ class ComparisonPanel(Panel):
         if c.table is None or not len(c.table): return
         rows = c.table[[(float(a), float(s)) == c.chosen for a, s in zip(c.table['scale'], c.table['s_scale'])]]; there = len(rows) > 0
         if there and self.pick.value != c.chosen: self.pick.value = c.chosen
-        if c.table['adherence'].notna().any(): self._show('trade', trade_off(c.table, by=c.by, group='seed', chosen=dict(zip(names, c.chosen)) if there else None))
+        if c.table['adherence'].notna().any(): self._show('trade', lambda: trade_off(c.table, by=c.by, group='seed', chosen=dict(zip(names, c.chosen)) if there else None))
         replace(self.pictures, [Tile(Image.open(r.image), side=120, alt=f'seed {r.seed}, likeness {r.likeness:.2f}', caption=f'{r.likeness:.2f} / {r.distance:.2f}\nseed {r.seed}') for r in rows.itertuples() if r.state == 'done'])
     def _export(self):
         if paths := self.comparison.export(): self.studio.note = 'written: ' + ', '.join(map(str, paths))
 
-# %% ../nbs/17_dashboard.ipynb #4b000b59
+# %% ../nbs/17_dashboard.ipynb #d36cce19
 class AttentionPanel(Panel):
     "One picture, a map for every identity token, sliders for layer and step."
     def __init__(self, studio, attention=None):
@@ -367,7 +373,7 @@ class AttentionPanel(Panel):
         for k, (tile, image) in enumerate(zip(self.maps.children, [a.image, *overlays])): tile.caption = tile.alt = f'token {k}' if k else 'picture'; tile.show(image)
         self.legend.value = f'<small>dark: {low:.2f}, bright: {high:.2f} of the attention over the identity tokens; layer {html.escape(a.layer)}, {f"step {a.step}" if a.step else "mean of all steps"}</small>'
 
-# %% ../nbs/17_dashboard.ipynb #ac6c23c0
+# %% ../nbs/17_dashboard.ipynb #0fb26a6e
 _boards = []   # (cell, run of it, board): what is to be closed when the cell is run again
 
 def this_cell():

@@ -96,7 +96,7 @@ class Settings(HasTraits):
         names = ('prompt', 'num_samples', 'seed', 'scale', 'guidance_scale', 'num_inference_steps', *['s_scale']*self.has_structure)
         return {k: getattr(self, k) for k in names} | (dict(negative_prompt=self.negative_prompt) if self.negative_prompt else {})
 
-# %% ../nbs/16_studio.ipynb #69194694
+# %% ../nbs/16_studio.ipynb #d110dc01
 MILLIONS = {'sd': 1066, 'sdxl': 3469, 'vae': 84, 'encoder': 986, 'lora': 26, ('sd', 'faceid'): 48, ('sd', 'plus'): 78, ('sd', 'plusv2'): 78, ('sd', 'portrait'): 32,
             ('sdxl', 'faceid'): 536, ('sdxl', 'plusv2'): 744, ('sdxl', 'portrait'): 375}   # of numbers: base model, VAE, CLIP ViT-H, a separate LoRA, checkpoints
 
@@ -128,7 +128,7 @@ def describe_model(name, cache_dir=None) -> str:
     away = [p for p in parts_needed(name, cache_dir) if not p.here]
     return ('on this machine' if not away else f"download of {size_of(sum(p.megabytes for p in away))} or more: {', '.join(f'{p.what} {size_of(p.megabytes)}' for p in away)}") + f'. Licence: {MODELS[name].licence}'
 
-# %% ../nbs/16_studio.ipynb #ecd61313
+# %% ../nbs/16_studio.ipynb #964f24f3
 def fit_colours(
     pipe,        # a diffusers pipeline
     photograph,  # PIL, RGB
@@ -171,13 +171,14 @@ class Studio(Settings):
     "Photographs in, portraits out, step by step: what all dashboards share, and the model of the portrait dashboard."
     photographs, portraits, preview, compared = List(), List(), List(), List()
     side_by_side, num_photographs = Bool(False), Int(0)   # every photograph is another person; how many Portrait reads, 0: all
-    best_first, download, folder = Bool(False), Bool(False), Unicode('portraits')   # order of the gallery; may weights be fetched; the only place that is written to
+    best_first, save_all = Bool(False), Bool(False)       # order of the gallery; write every portrait as it is finished
+    download, folder = Bool(False), Unicode('portraits')  # may weights be fetched; the only place that is written to
     status, note, device, memory, provider = Unicode(''), Unicode(''), Unicode(''), Unicode(''), Unicode('')
     step, steps, seconds_left = Int(0), Int(0), Float(math.nan)
     preview_every = Int(5)   # steps; 0: no preview
     most = Int(400)          # portraits that are remembered, besides those that are kept
     def __init__(self, **traits):
-        self.worker, self._faceid, self._readers, self._previewer, self._drawn, self._looked = Worker(), None, {}, None, 11, 0; super().__init__(**traits)
+        self.worker, self._faceid, self._readers, self._previewer, self._drawn, self._looked = Worker(), None, {}, None, 23, 0; super().__init__(**traits)
     @property
     def busy(self): return self.worker.busy
     @property
@@ -285,7 +286,9 @@ class Studio(Settings):
         if self.worker.stopping.is_set(): self.status = 'stopped'; return
         try:
             faces = [self._faces(photos, faceid.reader) for photos in people]
-            if self._previewer is None and self.preview_every: self._previewer = find_previewer(faceid.pipe, Image.fromarray(people[0][0].face.image))[0]
+            if self._previewer is None and self.preview_every:
+                try: self._previewer = find_previewer(faceid.pipe, Image.fromarray(people[0][0].face.image))[0]
+                except RuntimeError: self._previewer = lambda latents: []   # memory is short: no preview
             words, read = len(faceid.pipe.tokenizer(self.prompt).input_ids), faceid.pipe.tokenizer.model_max_length
             if words > read: self.note = f'The prompt is long: the model reads its first {read - 2} of {words - 2} tokens.'
             self.status, self._began = 'generating', time.time(); self.status = work(faceid, faces, people)
@@ -330,6 +333,7 @@ class Studio(Settings):
         if images:
             self.status, who = 'measuring', [i.info['faceid_nb']['person'] for i in images]; found = measure_pictures([faces[w] for w in who], images, None, find_scoring(faceid.reader)[0], faceid.reader, each=True)
             made = [Portrait(i, dict(asked, model=model, num_samples=1, seed=i.info['faceid_nb']['seed']), float(l), float(d), False, ', '.join(p.name for p in people[w]), people[w][0].face, _codes(people[w])) for i, w, l, d in zip(images, who, found['likeness'], found['distance'])]
+            for p in made*self.save_all: self.save(p)
             old = [p for p in self.portraits if not p.kept][self.most:]; self.portraits = [*made, *(p for p in self.portraits if not any(p is o for o in old))]
         return 'stopped' if faceid.stopped else f'{len(images)} made in {time.time() - self._began:.1f} s'
     def stop(self):
@@ -348,13 +352,13 @@ class Studio(Settings):
 
 def _codes(photos): return tuple((p.code or repr(p.name), p.chosen) for p in photos)
 
-# %% ../nbs/16_studio.ipynb #d0599453
+# %% ../nbs/16_studio.ipynb #36430110
 class Grid(HasTraits):
     "A sweep over two arguments that fills cell by cell: the model of the structure dashboard."
     rows, columns = Unicode('seed'), Unicode('s_scale')
     seeds, s_scales, scales = List([0, 1]), List([0., .5, 1., 1.5]), List([.25, .5, .75, 1.])
     cells, arrived, chosen, previews = List(), Int(-1), Int(-1), Dict()   # in the grid's order; number of the last one finished; of the one looked at; {number: picture} of those at work
-    def __init__(self, studio=None, **traits): self.studio, self.sweep, self.reference = studio or Studio(), None, None; super().__init__(**traits)
+    def __init__(self, studio=None, **traits): self.studio, self.sweep, self.reference, self._photos = studio or Studio(), None, None, (); super().__init__(**traits)
     @validate('seeds', 's_scales', 'scales')
     def _values(self, proposal):
         name, values = proposal.trait.name.removesuffix('s'), proposal.value; kind = int if name == 'seed' else float
@@ -389,7 +393,7 @@ class Grid(HasTraits):
     def _work(self, axes, fixed, folder, faceid, faces, people):
         from faceid_nb.sweep import Sweep
         s, steps = self.studio, fixed['num_inference_steps']; sweep = Sweep(faceid, axes, dict(fixed, face=faces[0])); places = {(c.parameters['seed'], c.parameters['scale'], c.parameters['s_scale']): c.number for c in sweep.cells}
-        self.sweep, self.reference, self.previews, self.chosen, self.arrived = sweep, people[0][0].face, {}, -1, -1; self.cells = sweep.cells; run_sweep(s, faceid, sweep, folder, self._arrived, self._glimpse(places), len(sweep.axes[self.columns])); self.previews = {}
+        self.sweep, self.reference, self._photos, self.previews, self.chosen, self.arrived = sweep, people[0][0].face, _codes(people[0]), {}, -1, -1; self._person = ', '.join(p.name for p in people[0]); self.cells = sweep.cells; run_sweep(s, faceid, sweep, folder, self._arrived, self._glimpse(places), len(sweep.axes[self.columns])); self.previews = {}
         failed = [c for c in sweep.cells if c.state == 'failed']
         if failed: s.worker.error = f'{len(failed)} of {len(sweep)} cells could not be made. {failed[0].error}'
         return f'stopped with {self.unfinished} cells to go: run it again to go on' if self.unfinished else f'{len(sweep)} cells, {sum(c.kept for c in sweep.cells)} of them from an earlier run'
@@ -404,15 +408,21 @@ class Grid(HasTraits):
     def code(self, number): "The Python that makes a cell's picture."; return self.studio.code(self.portrait(number))
     def portrait(self, number):
         "A cell as a `Portrait`, to be saved, compared or put into code."
-        c = self.cells[number]; s = self.studio; settings = {k: c.arguments[k] for k in ('prompt', 'seed', 'scale', 'guidance_scale', 'num_inference_steps')} | ({'s_scale': c.arguments['s_scale']} if MODELS[c.parameters['model']].variant == 'plusv2' else {}) | ({'negative_prompt': c.arguments['negative_prompt']} if c.arguments['negative_prompt'] else {})
-        photos = s.people[0] if s.photographs else []
-        return Portrait(c.image, dict(settings, model=c.parameters['model'], num_samples=1), c.likeness, c.distance, False, ', '.join(p.name for p in photos), self.reference, _codes(photos))
+        c = self.cells[number]; settings = {k: c.arguments[k] for k in ('prompt', 'seed', 'scale', 'guidance_scale', 'num_inference_steps')} | ({'s_scale': c.arguments['s_scale']} if MODELS[c.parameters['model']].variant == 'plusv2' else {}) | ({'negative_prompt': c.arguments['negative_prompt']} if c.arguments['negative_prompt'] else {})
+        return Portrait(c.image, dict(settings, model=c.parameters['model'], num_samples=1), c.likeness, c.distance, False, self._person, self.reference, self._photos)
+    def curves(self, **more):
+        "Likeness and structure distance over the columns, as a figure."
+        from faceid_nb.plots import curves
+        return curves(self.table(), self.columns_shown, ('likeness', 'distance'), group='seed', lines='scale' if 'seed' not in self.sweep.axes else None, **more)
+    @property
+    def columns_shown(self): return list(self.sweep.axes)[1]
     def export(self, folder=None):
         "Write the grid and its curves as PNG and the numbers as CSV, under names that are free. Returns the paths."
-        from faceid_nb.plots import curves, export_figure, structure_grid
+        from faceid_nb.plots import export_figure, structure_grid
         if self.sweep is None or not len(t := self.table()): self.studio.worker.error = 'There is nothing to export yet: run the grid first.'; return []
         folder = Path(self.studio.folder if folder is None else folder); stem = free_name(folder, 'grid')
-        return [export_figure(structure_grid(t, self.rows, self.columns, reference=self.reference.image, width=1.3*(len(self.sweep.axes[self.columns]) + 1)), folder/f'{stem}.png', t), export_figure(curves(t, self.columns, ('likeness', 'distance'), group='seed'), folder/f'{stem}_curves.png')]
+        rows, columns = self.sweep.axes
+        return [export_figure(structure_grid(t, rows, columns, reference=self.reference.image, width=1.3*(len(self.sweep.axes[columns]) + 1)), folder/f'{stem}.png', t), export_figure(self.curves(), folder/f'{stem}_curves.png')]
 
 def _among(proposal, names):
     if proposal.value not in names: raise TraitError(f'{proposal.trait.name} is {" or ".join(names)}; {proposal.value!r} is not.')
@@ -437,7 +447,7 @@ def run_sweep(studio, faceid, sweep, folder, on_cell=None, on_step=None, togethe
         if on_cell: on_cell(cell)
         if studio.worker.stopping.is_set(): sweep.stop()
 
-# %% ../nbs/16_studio.ipynb #1038f8ba
+# %% ../nbs/16_studio.ipynb #861b7313
 class Comparison(HasTraits):
     "Likeness of results and references, over the two weights, and a search: the model of the similarity dashboard."
     scales, s_scales, seeds = List([.25, .5, .75, 1., 1.25]), List([0., .5, 1.]), List([0, 1])
@@ -466,9 +476,10 @@ class Comparison(HasTraits):
         self.owner = [names.index(c.parameters['face']) for c in cells] if len(people) == len(photos) else None
         self.matrix = pd.DataFrame(found, [f"{c.parameters['face']}, {c.parameters['seed']}" for c in cells], [p.name for p in photos])
         return f'{len(cells)} pictures compared with {len(photos)} photographs' + ': add people to see whether one is taken for another'*(len(photos) == 1)
+    def _axes(self): return dict(scale=list(self.scales), **dict(s_scale=list(self.s_scales)) if self.studio.has_structure else {}, seed=list(self.seeds))
     def survey(self):
         "Begin: pictures of the first person at every pair of weights."
-        axes = dict(scale=list(self.scales), **dict(s_scale=list(self.s_scales)) if self.studio.has_structure else {}, seed=list(self.seeds)); fixed, folder = self._fixed(*axes), self.folder
+        axes, fixed, folder = self._axes(), self._fixed('scale', 's_scale', 'seed'), self.folder
         return self.studio.begin(lambda *given: self._survey(axes, fixed, folder, *given))
     def _survey(self, axes, fixed, folder, faceid, faces, people):
         from faceid_nb.sweep import Sweep
@@ -479,17 +490,15 @@ class Comparison(HasTraits):
         return f'stopped with {left} pictures to go: survey again to go on' if left else f'{len(sweep)} pictures surveyed'
     def search(self):
         "Begin: find the pair of weights with the best prompt adherence that reaches the target."
-        s = self.studio; given = dict(likeness=self.target, scales=list(self.scales), s_scales=list(self.s_scales) if s.has_structure else None, seeds=list(self.seeds), folder=self.folder, progress=False, **self._fixed('scale', 's_scale', 'seed'))
-        return s.begin(lambda faceid, faces, people: self._search(given, faceid, faces))
-    def _search(self, given, faceid, faces):
-        from faceid_nb.sweep import find_settings
+        axes, fixed, folder, target = self._axes(), self._fixed('scale', 's_scale', 'seed'), self.folder, self.target; return self.studio.begin(lambda faceid, faces, people: self._search(axes, fixed, folder, target, faceid, faces))
+    def _search(self, axes, fixed, folder, target, faceid, faces):
+        from faceid_nb.sweep import Sweep, find_settings
         s, made = self.studio, [0]
         def on_step(step): made[0] += step.done == step.total; s.step, s.steps = step.done, step.total; s.status = f'searching, batch {made[0] + 1}'
-        found = find_settings(faceid, faces[0], stop=s.worker.stopping, on_step=on_step, **given)
+        found = find_settings(faceid, faces[0], likeness=target, scales=axes['scale'], s_scales=axes.get('s_scale'), seeds=axes['seed'], folder=folder, progress=False, stop=s.worker.stopping, on_step=on_step, **fixed)
         if found is None: return 'stopped: search again to go on'
-        self.found, self.chosen = found, (found.scale, found.s_scale)
-        at = f'scale {found.scale:g}' + f', s_scale {found.s_scale:g}'*(given['s_scales'] is not None)
-        return f"a likeness of {given['likeness']:.2f} is {'reached' if found.reached else 'not reached; nearest'} at {at}: likeness {found.likeness:.2f}, prompt adherence {found.adherence:.2f}, by {found.pictures} pictures"
+        self.found, self.chosen, self.table = found, (found.scale, found.s_scale), Sweep(faceid, axes, dict(fixed, face=faces[0])).table(folder); at = f'scale {found.scale:g}' + f', s_scale {found.s_scale:g}'*('s_scale' in axes)
+        return f"a likeness of {target:.2f} is {'reached' if found.reached else 'not reached; nearest'} at {at}: likeness {found.likeness:.2f}, prompt adherence {found.adherence:.2f}, by {found.pictures} pictures"
     def use(self):
         "Put the chosen weights into the studio's settings."
         if self.chosen is None: self.studio.worker.error = 'Nothing is chosen yet.'; return False
@@ -511,7 +520,7 @@ class Comparison(HasTraits):
     @property
     def by(self): "The weights that vary in the table."; return ('scale', 's_scale') if self.table is not None and self.table['s_scale'].nunique() > 1 else ('scale',)
 
-# %% ../nbs/16_studio.ipynb #f5f7cc15
+# %% ../nbs/16_studio.ipynb #3101a58d
 class Attention(HasTraits):
     "One picture, and where its identity tokens were looked at: the model of the attention dashboard."
     layers, layer = List(), Unicode('all')      # their names, 'all' first; the one that is shown

@@ -97,7 +97,7 @@ def test_stop_in_the_middle_and_go_on(studio):
 def test_stop_before_the_first_step(studio, monkeypatch):
     import faceid_nb.models as models
     studio._faceid, load = None, models.load
-    def slow(name): studio.stop(); return load(name)
+    def slow(name, **more): studio.stop(); return load(name, **more)
     monkeypatch.setattr(models, 'load', slow); studio.generate(); assert studio.worker.wait(60) and studio.status == 'stopped' and studio.step == 0 and studio.portraits == []
 
 def test_controls_are_alive_while_it_works(studio):

@@ -73,17 +73,19 @@ def take_over(
     unet.load_state_dict(new); return unet
 
 # %% ../../nbs/tiny/sdxl.ipynb #a91c6d58
-def sdxl_parts(sd, seed=0, **arguments):
+def sdxl_parts(sd, seed=0, text=None, **arguments):  # `text`, from `first_encoder`; None: made here, with these arguments
     "ModuleDict of unet, text and text_2 that begin as the pipeline `sd`."
-    torch.manual_seed(seed); *_, f = first_encoder(sd.text_encoder.float(), word_ids(sd.tokenizer, some_captions(4000, seed) + ['']*50), **arguments); text_2 = second_encoder(sd.text_encoder)
-    return nn.ModuleDict(dict(unet=take_over(new_unet_sdxl(sd.unet, text_2.config.hidden_size), sd.unet), text=f['encoder'], text_2=text_2))
+    torch.manual_seed(seed)
+    if text is None: *_, f = first_encoder(sd.text_encoder.float(), word_ids(sd.tokenizer, some_captions(4000, seed) + ['']*50), **arguments); text = f['encoder']
+    text_2 = second_encoder(sd.text_encoder)
+    return nn.ModuleDict(dict(unet=take_over(new_unet_sdxl(sd.unet, text_2.config.hidden_size), sd.unet), text=text, text_2=text_2))
 
 def train_sdxl(
     data,        # latents (N,8,h,w), ids (k,N,L), boxes (N,4) in pixels of 64
     sd,          # the small Stable Diffusion pipeline
     out,         # folder for the checkpoint
     minutes=15, batch=64, lr=3e-4, device='cpu', seed=0, face=2.5,
-    first=None,  # arguments of `first_encoder`
+    first=None,  # further arguments of `sdxl_parts`
     **fit_arguments,
 ):
     "Generator of figures; the last holds the `parts`."
