@@ -9,7 +9,7 @@ __all__ = ['WIDE', 'NAMED', 'Tile', 'encode', 'Drop', 'Code', 'close_all', 'View
            'structure_dashboard', 'similarity_dashboard', 'attention_dashboard', 'studio']
 
 # %% ../nbs/17_dashboard.ipynb #238d0faf
-import html, io, math, threading, time
+import html, io, math, sys, threading, time
 
 import anywidget, ipywidgets as W, traitlets as T
 from PIL import Image
@@ -17,7 +17,7 @@ from PIL import Image
 from .models import MODELS
 from .studio import RANGES, Attention, Comparison, Grid, Studio, describe_model, parts_needed
 
-# %% ../nbs/17_dashboard.ipynb #fb163d77
+# %% ../nbs/17_dashboard.ipynb #6dcb24f6
 class Tile(anywidget.AnyWidget):
     "A picture with a caption; a button where it is `clickable`. Empty, it shows its caption in a grey place."
     image, alt, caption, tip = T.Bytes(b'').tag(sync=True), T.Unicode('').tag(sync=True), T.Unicode('').tag(sync=True), T.Unicode('').tag(sync=True)
@@ -74,7 +74,7 @@ def encode(image, side=None) -> bytes:
     if side and max(image.size) > side: image.thumbnail((side, side), Image.Resampling.LANCZOS)
     image.save(data, **dict(format='PNG') if max(image.size) <= 256 else dict(format='JPEG', quality=90)); return data.getvalue()
 
-# %% ../nbs/17_dashboard.ipynb #2e731d9e
+# %% ../nbs/17_dashboard.ipynb #1ce180d1
 class Drop(anywidget.AnyWidget):
     "A place where picture files are dropped, and a button that opens the file dialogue: `on_file(name, bytes)` for each."
     label = T.Unicode('Drop photographs here, or click to choose').tag(sync=True)
@@ -133,7 +133,7 @@ export default {render};
 .faceid-code button { position: absolute; right: 6px; top: 10px; }
 """
 
-# %% ../nbs/17_dashboard.ipynb #b8cede57
+# %% ../nbs/17_dashboard.ipynb #4a894f1d
 def close_all(widget):
     "Close a widget with its children, layout and style."
     for child in getattr(widget, 'children', ()): close_all(child)
@@ -172,7 +172,7 @@ def number(view, name, label, tip, step=None):
 
 def visible(widget, yes): widget.layout.display = None if yes else 'none'
 
-# %% ../nbs/17_dashboard.ipynb #966a3f8f
+# %% ../nbs/17_dashboard.ipynb #9a434cbd
 class Status(View):
     "Errors, notes, progress and the machine."
     def __init__(self, studio):
@@ -187,7 +187,7 @@ class Status(View):
         self.told.value = f'<span role="status">{html.escape(s.status)}{f", step {s.step} of {s.steps}{left}" if s.busy and s.step else ""}</span>'
     def _machine(self): s = self.studio; self.machine.value = f'<small>{html.escape(f"{s.device} | memory {s.memory} | faces: {s.provider} | files go into {s.folder}/")}</small>'
 
-# %% ../nbs/17_dashboard.ipynb #050eea20
+# %% ../nbs/17_dashboard.ipynb #8ecca54a
 class Controls(View):
     "Photographs, model, prompt and knobs: everything that a generation is given."
     def __init__(self, studio):
@@ -217,7 +217,7 @@ class Controls(View):
         visible(self.knobs['s_scale'], s.has_structure); visible(self.download, not here); self.act(s.look)
     def _several(self): n = len(self.studio.photographs); self.used.max = max(n, 1); visible(self.used, self.studio.several and n > 1 and not self.studio.side_by_side); visible(self.apart, n > 1)
 
-# %% ../nbs/17_dashboard.ipynb #6ef68b6f
+# %% ../nbs/17_dashboard.ipynb #af75d4c0
 class Panel(View):
     "A tab: buttons that begin and stop the studio's work, and what came of it."
     def start(self, text, f, tip, **more):
@@ -262,7 +262,7 @@ class PortraitPanel(Panel):
         rows = ''.join(f'<tr><th scope="row" style="text-align:left;padding-right:12px">{html.escape(k)}</th>' + ''.join(f'<td style="padding-right:16px">{html.escape(str(v))}</td>' for v in values) + '</tr>' for k, values in s.differences().items())
         replace(self.beside, [W.HBox(tiles, layout=dict(flex_flow='row wrap')), W.HTML(f'<table style="line-height:1.5">{rows}</table>'), self.button('put away', lambda: s.set_trait('compared', []), 'close the comparison')])
 
-# %% ../nbs/17_dashboard.ipynb #79b84523
+# %% ../nbs/17_dashboard.ipynb #b9dd0645
 def figure_tile(width=420, alt=''): return Tile(side=width, alt=alt)
 _drawing = threading.Lock()   # matplotlib is not made for two threads
 def show_figure(tile, make):
@@ -320,7 +320,7 @@ class GridPanel(Panel):
     def _export(self):
         if paths := self.grid.export(): self.studio.note = 'written: ' + ', '.join(map(str, paths))
 
-# %% ../nbs/17_dashboard.ipynb #927f3e02
+# %% ../nbs/17_dashboard.ipynb #40027756
 class ComparisonPanel(Panel):
     "Heat map, surface, curves, trade-off and search."
     def __init__(self, studio, comparison=None):
@@ -356,7 +356,7 @@ class ComparisonPanel(Panel):
     def _export(self):
         if paths := self.comparison.export(): self.studio.note = 'written: ' + ', '.join(map(str, paths))
 
-# %% ../nbs/17_dashboard.ipynb #d36cce19
+# %% ../nbs/17_dashboard.ipynb #bd48710a
 class AttentionPanel(Panel):
     "One picture, a map for every identity token, sliders for layer and step."
     def __init__(self, studio, attention=None):
@@ -373,7 +373,7 @@ class AttentionPanel(Panel):
         for k, (tile, image) in enumerate(zip(self.maps.children, [a.image, *overlays])): tile.caption = tile.alt = f'token {k}' if k else 'picture'; tile.show(image)
         self.legend.value = f'<small>dark: {low:.2f}, bright: {high:.2f} of the attention over the identity tokens; layer {html.escape(a.layer)}, {f"step {a.step}" if a.step else "mean of all steps"}</small>'
 
-# %% ../nbs/17_dashboard.ipynb #0fb26a6e
+# %% ../nbs/17_dashboard.ipynb #2ccfe622
 _boards = []   # (cell, run of it, board): what is to be closed when the cell is run again
 
 def this_cell():
@@ -386,18 +386,19 @@ def this_cell():
 class Board(W.HBox):
     "Controls at the left; status and panels at the right."
     def __init__(self, panels, studio=None, folder='portraits'):   # {title: function(studio) -> `Panel`}; None: one of its own, which is closed with it
-        cell, run = this_cell(); old = [b for c, r, b in _boards if c is not None and c == cell and r != run]
+        self.closed = False; cell, run = this_cell(); old = [b for c, r, b in _boards if c is not None and c == cell and r != run]
         for b in old: b.close()
         self.own, self.studio = studio is None, studio or Studio(folder=str(folder)); self.controls, self.status = Controls(self.studio), Status(self.studio); self.panels = {n: f(self.studio) for n, f in panels.items()}; parts = list(self.panels.values())
         right = W.VBox([self.status, parts[0] if len(parts) == 1 else W.Tab(parts, titles=list(self.panels))], layout=dict(flex='1 1 0', min_width='0')); super().__init__([self.controls, right], layout=dict(width='100%')); self.add_class('faceid-board'); _boards.append((cell, run, self))
     def close(self):
         "Let go of the worker, the model and all widgets."
-        _boards[:] = [b for b in _boards if b[2] is not self]
+        if self.closed or sys.is_finalizing(): return   # ipywidgets closes what Python collects
+        self.closed = True; _boards[:] = [b for b in _boards if b[2] is not self]
         if self.own: self.studio.close()
         close_all(self.controls); close_all(self.status)
         for p in self.panels.values(): close_all(p)
         for child in self.children: close_all(child)
-        super().close()
+        self.layout.close(); super().close()
 
 def portrait_dashboard(studio=None, folder='portraits') -> Board: "Photographs in, portraits out. `folder` is the only place that is written to."; return Board(dict(Portrait=PortraitPanel), studio, folder)
 def structure_dashboard(studio=None, folder='portraits') -> Board: "A live grid over the weight of the structure."; return Board(dict(Structure=GridPanel), studio, folder)

@@ -96,7 +96,7 @@ class Settings(HasTraits):
         names = ('prompt', 'num_samples', 'seed', 'scale', 'guidance_scale', 'num_inference_steps', *['s_scale']*self.has_structure)
         return {k: getattr(self, k) for k in names} | (dict(negative_prompt=self.negative_prompt) if self.negative_prompt else {})
 
-# %% ../nbs/16_studio.ipynb #d110dc01
+# %% ../nbs/16_studio.ipynb #8c8e85c4
 MILLIONS = {'sd': 1066, 'sdxl': 3469, 'vae': 84, 'encoder': 986, 'lora': 26, ('sd', 'faceid'): 48, ('sd', 'plus'): 78, ('sd', 'plusv2'): 78, ('sd', 'portrait'): 32,
             ('sdxl', 'faceid'): 536, ('sdxl', 'plusv2'): 744, ('sdxl', 'portrait'): 375}   # of numbers: base model, VAE, CLIP ViT-H, a separate LoRA, checkpoints
 
@@ -128,7 +128,7 @@ def describe_model(name, cache_dir=None) -> str:
     away = [p for p in parts_needed(name, cache_dir) if not p.here]
     return ('on this machine' if not away else f"download of {size_of(sum(p.megabytes for p in away))} or more: {', '.join(f'{p.what} {size_of(p.megabytes)}' for p in away)}") + f'. Licence: {MODELS[name].licence}'
 
-# %% ../nbs/16_studio.ipynb #964f24f3
+# %% ../nbs/16_studio.ipynb #919348fb
 def fit_colours(
     pipe,        # a diffusers pipeline
     photograph,  # PIL, RGB
@@ -144,16 +144,17 @@ def fit_colours(
 def find_previewer(
     pipe, photograph,  # as for `fit_colours`
     taesd=None,        # folder or repository of a small decoder; None: TAESD, where it is in the hub's cache
+    small=5e6,         # a VAE of fewer numbers decodes for itself
 ):  # -> function(latents (n, C, H, W)) -> n pictures, and its name
     "The cheapest good way to see unfinished latents."
     import torch
     vae, scaling = pipe.vae, pipe.vae.config.scaling_factor; show = lambda x: [Image.fromarray(p) for p in ((x.float().cpu().clamp(-1, 1) + 1)*127.5).round().byte().permute(0, 2, 3, 1).numpy()]
     def by_vae(latents): return show(vae.decode(latents.to(vae.device, vae.dtype)/scaling).sample)
-    if sum(p.numel() for p in vae.parameters()) < 5e6: return torch.no_grad()(by_vae), 'the VAE'
+    if sum(p.numel() for p in vae.parameters()) < small: return torch.no_grad()(by_vae), 'the VAE'
     try:
         from diffusers import AutoencoderTiny
-        small = AutoencoderTiny.from_pretrained(taesd or ('madebyollin/taesdxl' if 'XL' in type(pipe).__name__ else 'madebyollin/taesd'), local_files_only=True, torch_dtype=vae.dtype).to(vae.device)
-        return torch.no_grad()(lambda latents: show(small.decode(latents.to(vae.device, vae.dtype)).sample)), 'TAESD'
+        tiny = AutoencoderTiny.from_pretrained(taesd or ('madebyollin/taesdxl' if 'XL' in type(pipe).__name__ else 'madebyollin/taesd'), local_files_only=True, torch_dtype=vae.dtype).to(vae.device)
+        if tiny.config.latent_channels == vae.config.latent_channels: return torch.no_grad()(lambda latents: show(tiny.decode(latents.to(vae.device, vae.dtype)).sample)), 'TAESD'
     except (OSError, ValueError): pass
     m = fit_colours(pipe, photograph)
     if not m.isfinite().all(): return lambda latents: [], 'none'   # SDXL's VAE overflows in float16
@@ -352,7 +353,7 @@ class Studio(Settings):
 
 def _codes(photos): return tuple((p.code or repr(p.name), p.chosen) for p in photos)
 
-# %% ../nbs/16_studio.ipynb #36430110
+# %% ../nbs/16_studio.ipynb #49e12a48
 class Grid(HasTraits):
     "A sweep over two arguments that fills cell by cell: the model of the structure dashboard."
     rows, columns = Unicode('seed'), Unicode('s_scale')
@@ -447,7 +448,7 @@ def run_sweep(studio, faceid, sweep, folder, on_cell=None, on_step=None, togethe
         if on_cell: on_cell(cell)
         if studio.worker.stopping.is_set(): sweep.stop()
 
-# %% ../nbs/16_studio.ipynb #861b7313
+# %% ../nbs/16_studio.ipynb #d7995d1e
 class Comparison(HasTraits):
     "Likeness of results and references, over the two weights, and a search: the model of the similarity dashboard."
     scales, s_scales, seeds = List([.25, .5, .75, 1., 1.25]), List([0., .5, 1.]), List([0, 1])
@@ -520,7 +521,7 @@ class Comparison(HasTraits):
     @property
     def by(self): "The weights that vary in the table."; return ('scale', 's_scale') if self.table is not None and self.table['s_scale'].nunique() > 1 else ('scale',)
 
-# %% ../nbs/16_studio.ipynb #3101a58d
+# %% ../nbs/16_studio.ipynb #922aaed9
 class Attention(HasTraits):
     "One picture, and where its identity tokens were looked at: the model of the attention dashboard."
     layers, layer = List(), Unicode('all')      # their names, 'all' first; the one that is shown

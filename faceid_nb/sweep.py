@@ -104,7 +104,8 @@ class Cell:
     def image(self):
         "The picture, read from its file; None where there is none."
         if self.picture is not None or self.file is None: return self.picture
-        with Image.open(self.file) as image: image.load(); return image
+        with Image.open(self.file) as image: image.load()
+        image.info['faceid_nb'] = json.loads(image.info.get('faceid_nb', '{}')); return image   # as it was when it was made
 
 def as_axis(name, values) -> dict:  # label -> value
     "The values of an axis with a label each."

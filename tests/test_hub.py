@@ -18,12 +18,13 @@ def attempt(f):
     try: return dict(ok=str(f()))
     except FaceIDError as e: return dict(error=type(e).__name__, says=str(e))
 '''
+END = '\nsys.stdout.flush(); sys.stderr.flush(); os._exit(0)      # torch takes a second to clear up'
 
 
 def child(code, hub, home, **more):
     "Run code in a fresh process whose hub is the server; what it prints last, as JSON."
     env = {k: v for k, v in os.environ.items() if k not in ALONE} | dict(HF_ENDPOINT=hub if isinstance(hub, str) else hub.url, HF_HOME=str(home), PYTHONPATH=f"{ROOT/'tests'/'offline'}{os.pathsep}{ROOT}", HF_HUB_DISABLE_TELEMETRY='1', **more)
-    r = subprocess.run([sys.executable, '-c', START + code], env=env, capture_output=True, text=True, timeout=240)
+    r = subprocess.run([sys.executable, '-c', START + code + END], env=env, capture_output=True, text=True, timeout=240)
     assert r.returncode == 0, r.stderr[-2000:]
     return json.loads(r.stdout.splitlines()[-1]), r.stderr
 
@@ -129,7 +130,7 @@ def test_a_full_disk(hub, tmp_path):
 
 
 def test_no_network(tmp_path):
-    found, _ = child(ONE, 'http://127.0.0.1:9', tmp_path)
+    found, _ = child("import time; time.sleep = lambda seconds: None     # the hub's client tries again and again, after longer and longer pauses\n" + ONE, 'http://127.0.0.1:9', tmp_path)
     assert found['error'] == 'WeightsMissingError' and 'cannot be reached' in found['says'] and not blobs(tmp_path)
 
 

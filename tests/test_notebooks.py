@@ -21,7 +21,7 @@ def test_runs(project, name, monkeypatch):
     stored = [words(c) for c in nb.cells if c.cell_type == 'code' and not flagged(c)]
     nb.cells = [c for c in nb.cells if not flagged(c)]
     end = time.monotonic() + LIMIT
-    client = NotebookClient(nb, timeout_func=lambda cell: max(1, int(end - time.monotonic())), kernel_name='python3',
+    client = NotebookClient(nb, timeout_func=lambda cell: max(1, int(end - time.monotonic())), kernel_name='python3', shutdown_kernel='immediate',   # a polite end frees all memory first: a second a notebook
                             resources={'metadata': {'path': str(path.parent)}})
     client.execute()
     if name == 'index.ipynb':

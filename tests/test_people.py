@@ -21,6 +21,14 @@ def test_a_photograph_does_not_depend_on_its_neighbours():
         for x, y in zip(together, alone): assert torch.allclose(x[i], y[0], atol=1e-5)
 
 
+def test_large_photographs_are_drawn_a_few_at_a_time_in_their_order():
+    people = P.sample_people(6, 3); made = P.render(people, seed=5, size=256, yaw=[.1*k for k in range(6)])     # four, then two
+    s = P.sample_scenes(6, torch.Generator().manual_seed(5)); s['yaw'] = torch.tensor([.1*k for k in range(6)])
+    images, landmarks, boxes = P.draw({k: torch.cat([p.numbers[k] for p in people]) for k in people[0].numbers}, s, 256)
+    for photo, image, l, b in zip(made, images, landmarks, boxes, strict=True):
+        assert abs(np.asarray(photo.image, np.float32) - 255*image.permute(1, 2, 0).numpy()).max() < .6 and np.allclose(photo.landmarks, l, atol=1e-4) and np.allclose(photo.box, b, atol=1e-4)
+
+
 @pytest.mark.parametrize('size', [64, 200, 512])
 def test_landmarks_are_where_the_irises_are_drawn(size):
     g = torch.Generator().manual_seed(size); p, s = P.sample_identities(12, g), P.sample_scenes(12, g)
