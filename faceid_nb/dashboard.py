@@ -17,7 +17,7 @@ from PIL import Image
 from .models import MODELS
 from .studio import RANGES, Attention, Comparison, Grid, Studio, describe_model, parts_needed
 
-# %% ../nbs/17_dashboard.ipynb #6dcb24f6
+# %% ../nbs/17_dashboard.ipynb #5c20849b
 class Tile(anywidget.AnyWidget):
     "A picture with a caption; a button where it is `clickable`. Empty, it shows its caption in a grey place."
     image, alt, caption, tip = T.Bytes(b'').tag(sync=True), T.Unicode('').tag(sync=True), T.Unicode('').tag(sync=True), T.Unicode('').tag(sync=True)
@@ -74,7 +74,7 @@ def encode(image, side=None) -> bytes:
     if side and max(image.size) > side: image.thumbnail((side, side), Image.Resampling.LANCZOS)
     image.save(data, **dict(format='PNG') if max(image.size) <= 256 else dict(format='JPEG', quality=90)); return data.getvalue()
 
-# %% ../nbs/17_dashboard.ipynb #1ce180d1
+# %% ../nbs/17_dashboard.ipynb #c6175da2
 class Drop(anywidget.AnyWidget):
     "A place where picture files are dropped, and a button that opens the file dialogue: `on_file(name, bytes)` for each."
     label = T.Unicode('Drop photographs here, or click to choose').tag(sync=True)
@@ -133,7 +133,7 @@ export default {render};
 .faceid-code button { position: absolute; right: 6px; top: 10px; }
 """
 
-# %% ../nbs/17_dashboard.ipynb #4a894f1d
+# %% ../nbs/17_dashboard.ipynb #837d79d3
 def close_all(widget):
     "Close a widget with its children, layout and style."
     for child in getattr(widget, 'children', ()): close_all(child)
@@ -172,7 +172,7 @@ def number(view, name, label, tip, step=None):
 
 def visible(widget, yes): widget.layout.display = None if yes else 'none'
 
-# %% ../nbs/17_dashboard.ipynb #9a434cbd
+# %% ../nbs/17_dashboard.ipynb #91f9a725
 class Status(View):
     "Errors, notes, progress and the machine."
     def __init__(self, studio):
@@ -187,7 +187,7 @@ class Status(View):
         self.told.value = f'<span role="status">{html.escape(s.status)}{f", step {s.step} of {s.steps}{left}" if s.busy and s.step else ""}</span>'
     def _machine(self): s = self.studio; self.machine.value = f'<small>{html.escape(f"{s.device} | memory {s.memory} | faces: {s.provider} | files go into {s.folder}/")}</small>'
 
-# %% ../nbs/17_dashboard.ipynb #8ecca54a
+# %% ../nbs/17_dashboard.ipynb #536904bf
 class Controls(View):
     "Photographs, model, prompt and knobs: everything that a generation is given."
     def __init__(self, studio):
@@ -217,7 +217,7 @@ class Controls(View):
         visible(self.knobs['s_scale'], s.has_structure); visible(self.download, not here); self.act(s.look)
     def _several(self): n = len(self.studio.photographs); self.used.max = max(n, 1); visible(self.used, self.studio.several and n > 1 and not self.studio.side_by_side); visible(self.apart, n > 1)
 
-# %% ../nbs/17_dashboard.ipynb #af75d4c0
+# %% ../nbs/17_dashboard.ipynb #c8b98afd
 class Panel(View):
     "A tab: buttons that begin and stop the studio's work, and what came of it."
     def start(self, text, f, tip, **more):
@@ -238,8 +238,8 @@ class PortraitPanel(Panel):
     "Previews, the gallery, and portraits side by side."
     def __init__(self, studio, most=24):
         super().__init__(studio); s, wrap = studio, dict(flex_flow='row wrap'); self.most, self._boxes = most, {}
-        self.go, self.stop = self.start('Generate', s.generate, 'make portraits'), self.halt(); self.best = W.Checkbox(description='best first', indent=False, layout=dict(width='100px'), tooltip='order by likeness'); self.all = W.Checkbox(description='save all', indent=False, layout=dict(width='90px'), tooltip='write every portrait into the folder as it is finished'); self.link('best_first', self.best); self.link('save_all', self.all)
-        self.forget = self.button('clear', s.clear, 'forget the portraits that are not kept', layout=dict(width='70px')); self.more = self.button('show more', lambda: self._more(), 'show older portraits')
+        self.go, self.stop = self.start('Generate', s.generate, 'make portraits'), self.halt(); self.best = W.Checkbox(description='best first', indent=False, layout=dict(width='95px'), tooltip='order by likeness'); self.all = W.Checkbox(description='save all', indent=False, layout=dict(width='82px'), tooltip='write every portrait into the folder as it is finished'); self.link('best_first', self.best); self.link('save_all', self.all)
+        self.forget = self.button('clear', s.clear, 'forget the portraits that are not kept', layout=dict(width='58px')); self.more = self.button('show more', lambda: self._more(), 'show older portraits')
         self.preview, self.beside, self.gallery, self.code, self.hint = W.HBox(layout=dict(wrap)), W.VBox(), W.HBox(layout=dict(wrap)), Code(), W.HTML('<p>Add a photograph at the left, write what the picture shall show, press Generate.</p>'); self.preview.add_class('faceid-preview'); self.gallery.add_class('faceid-gallery'); self.beside.add_class('faceid-beside')
         self.children = [W.HBox([self.go, self.stop, self.best, self.all, self.forget], layout=dict(wrap)), self.hint, self.preview, self.beside, self.gallery, self.more, self.code]
         self.watch(s, ['preview'], self._preview); self.watch(s, ['portraits', 'best_first'], self._portraits); self.watch(s, ['compared'], self._compared)
@@ -262,7 +262,7 @@ class PortraitPanel(Panel):
         rows = ''.join(f'<tr><th scope="row" style="text-align:left;padding-right:12px">{html.escape(k)}</th>' + ''.join(f'<td style="padding-right:16px">{html.escape(str(v))}</td>' for v in values) + '</tr>' for k, values in s.differences().items())
         replace(self.beside, [W.HBox(tiles, layout=dict(flex_flow='row wrap')), W.HTML(f'<table style="line-height:1.5">{rows}</table>'), self.button('put away', lambda: s.set_trait('compared', []), 'close the comparison')])
 
-# %% ../nbs/17_dashboard.ipynb #b9dd0645
+# %% ../nbs/17_dashboard.ipynb #660b51eb
 def figure_tile(width=420, alt=''): return Tile(side=width, alt=alt)
 _drawing = threading.Lock()   # matplotlib is not made for two threads
 def show_figure(tile, make):
@@ -320,19 +320,19 @@ class GridPanel(Panel):
     def _export(self):
         if paths := self.grid.export(): self.studio.note = 'written: ' + ', '.join(map(str, paths))
 
-# %% ../nbs/17_dashboard.ipynb #40027756
+# %% ../nbs/17_dashboard.ipynb #0ad15c6e
 class ComparisonPanel(Panel):
     "Heat map, surface, curves, trade-off and search."
     def __init__(self, studio, comparison=None):
         super().__init__(studio); self.comparison = c = comparison or Comparison(studio); wrap = dict(flex_flow='row wrap')
         self.values = {n: W.Text(', '.join(f'{v:g}' for v in getattr(c, n)), description=n, continuous_update=False, tooltip='numbers with commas between them', style=dict(description_width='60px'), layout=dict(width='260px')) for n in ('scales', 's_scales', 'seeds')}
         for n, w in self.values.items(): w.observe(lambda change, n=n: self.act(lambda: c.enter(n, change.new)), 'value')
-        self.people, self.survey, self.search = self.start('Compare people', c.compare, 'pictures of everybody against all photographs', layout=dict(width='150px')), self.start('Survey the weights', c.survey, 'likeness and prompt adherence for every pair of weights', layout=dict(width='180px')), self.start('Find', c.search, 'the weights that reach the target with the best prompt adherence', layout=dict(width='80px'))
-        self.target = W.FloatSlider(min=0, max=1, step=.01, description='target likeness', tooltip='a cosine by the judge', continuous_update=False, style=dict(description_width='105px'), layout=dict(width=WIDE)); self.link('target', self.target, c)
-        self.pick, self.use, self.out = W.Dropdown(description='weights', tooltip='the pair of weights that is looked at', style=dict(NAMED), layout=dict(width=WIDE)), self.button('use them', c.use, 'put these weights into the controls', layout=dict(width='95px')), self.button('Export', self._export, 'write figures and numbers', layout=dict(width='80px')); self.pick.observe(lambda change: change.new and c.set_trait('chosen', change.new), 'value')
+        self.people, self.survey, self.search = self.start('Compare people', c.compare, 'pictures of everybody against all photographs', layout=dict(width='150px')), self.start('Survey the weights', c.survey, 'likeness and prompt adherence for every pair of weights', layout=dict(width='180px')), self.start('Find', c.search, 'the weights that reach the target with the best prompt adherence', layout=dict(width='70px'))
+        self.target = W.FloatSlider(min=0, max=1, step=.01, description='target likeness', tooltip='a cosine by the judge', continuous_update=False, style=dict(description_width='105px'), layout=dict(width='300px')); self.link('target', self.target, c)
+        self.pick, self.use, self.out = W.Dropdown(description='weights', tooltip='the pair of weights that is looked at', style=dict(NAMED), layout=dict(width=WIDE)), self.button('use them', c.use, 'put these weights into the controls', layout=dict(width='95px')), self.button('Export', self._export, 'write figures and numbers', layout=dict(width='70px')); self.pick.observe(lambda change: change.new and c.set_trait('chosen', change.new), 'value')
         self.figures = {n: figure_tile(w, a) for n, w, a in (('matrix', 420, 'heat map of pictures and photographs'), ('surface', 360, 'mean likeness for both weights'), ('curves', 460, 'likeness, structure distance and prompt adherence over the scale'), ('trade', 460, 'likeness against prompt adherence'))}; self.pictures = W.HBox(layout=dict(wrap))
         for w in (*self.figures.values(), self.pick, self.use): visible(w, False)
-        self.children = [W.HBox([self.people, self.survey, self.halt(), self.out], layout=dict(wrap)), W.HBox([self.values['scales'], self.values['s_scales'], self.values['seeds']], layout=dict(wrap)), W.HBox([self.target, self.search], layout=dict(wrap)), W.HBox([self.pick, self.use], layout=dict(wrap)), self.pictures, W.HBox(list(self.figures.values()), layout=dict(wrap))]
+        self.children = [W.HBox([self.people, self.survey, self.halt()], layout=dict(wrap)), W.HBox([self.values['scales'], self.values['s_scales'], self.values['seeds']], layout=dict(wrap)), W.HBox([self.target, self.search, self.out], layout=dict(wrap)), W.HBox([self.pick, self.use], layout=dict(wrap)), self.pictures, W.HBox(list(self.figures.values()), layout=dict(wrap))]
         self.watch(c, ['matrix'], self._matrix); self.watch(c, ['table'], self._table); self.watch(c, ['chosen'], self._chosen); self.watch(studio, ['model'], lambda: visible(self.values['s_scales'], studio.has_structure))
     def _show(self, name, make): show_figure(self.figures[name], make); visible(self.figures[name], True)
     def _matrix(self):
@@ -356,7 +356,7 @@ class ComparisonPanel(Panel):
     def _export(self):
         if paths := self.comparison.export(): self.studio.note = 'written: ' + ', '.join(map(str, paths))
 
-# %% ../nbs/17_dashboard.ipynb #bd48710a
+# %% ../nbs/17_dashboard.ipynb #efcb4045
 class AttentionPanel(Panel):
     "One picture, a map for every identity token, sliders for layer and step."
     def __init__(self, studio, attention=None):
@@ -373,7 +373,7 @@ class AttentionPanel(Panel):
         for k, (tile, image) in enumerate(zip(self.maps.children, [a.image, *overlays])): tile.caption = tile.alt = f'token {k}' if k else 'picture'; tile.show(image)
         self.legend.value = f'<small>dark: {low:.2f}, bright: {high:.2f} of the attention over the identity tokens; layer {html.escape(a.layer)}, {f"step {a.step}" if a.step else "mean of all steps"}</small>'
 
-# %% ../nbs/17_dashboard.ipynb #2ccfe622
+# %% ../nbs/17_dashboard.ipynb #27f96ba4
 _boards = []   # (cell, run of it, board): what is to be closed when the cell is run again
 
 def this_cell():

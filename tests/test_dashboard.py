@@ -126,8 +126,8 @@ def test_a_studio_of_the_callers_own_lives_on(photo):
     s = Studio(); s._faceid = mark = object(); count = lambda: sum(len(h) for kinds in s._trait_notifiers.values() for h in kinds.values()) + sum(len(h) for kinds in s.worker._trait_notifiers.values() for h in kinds.values()); before, b = None, None; before = count(); b = D.Board(ALL, s); assert count() > before + 20; b.close(); assert count() == before and s._faceid is mark; s._faceid = None
 
 def test_a_cell_run_again_closes_its_old_board(monkeypatch):
-    closed = []; monkeypatch.setattr(D.Board, 'close', lambda self, close=D.Board.close: (self.closed or closed.append(self), close(self))); now = []; monkeypatch.setattr(D, 'this_cell', lambda: now[-1]); before = alive()
-    now.append(('a', '1')); one, two = D.portrait_dashboard(), D.attention_dashboard(); now.append(('b', '2')); three = D.structure_dashboard(); assert closed == []; now.append(('a', '3')); four = D.similarity_dashboard(); assert closed == [one, two]; now.append((None, None)); five = D.portrait_dashboard(); six = D.portrait_dashboard(); assert closed == [one, two]
+    closed = []; monkeypatch.setattr(D.Board, 'close', lambda self, close=D.Board.close: (self.closed or closed.append(id(self)), close(self))); now = []; monkeypatch.setattr(D, 'this_cell', lambda: now[-1]); before = alive()
+    now.append(('a', '1')); one, two = D.portrait_dashboard(), D.attention_dashboard(); now.append(('b', '2')); three = D.structure_dashboard(); assert closed == []; now.append(('a', '3')); four = D.similarity_dashboard(); assert closed == [id(one), id(two)]; now.append((None, None)); five = D.portrait_dashboard(); six = D.portrait_dashboard(); assert closed == [id(one), id(two)]
     for b in (three, four, five, six): b.close()
     assert alive() == before and D._boards == []
 
