@@ -23,9 +23,9 @@ class Tile(anywidget.AnyWidget):
     image, alt, caption, tip = T.Bytes(b'').tag(sync=True), T.Unicode('').tag(sync=True), T.Unicode('').tag(sync=True), T.Unicode('').tag(sync=True)
     side, ratio = T.Int(96).tag(sync=True), T.Float(1.).tag(sync=True)   # width in pixels; height over width
     clickable, chosen, dim = T.Bool(False).tag(sync=True), T.Bool(False).tag(sync=True), T.Bool(False).tag(sync=True)
-    def __init__(self, image=None, on_click=None, **traits):
-        super().__init__(**traits, clickable=on_click is not None); self.show(image)
-        if on_click: self.on_msg(lambda _, content, buffers: on_click())
+    def __init__(self, image=None, on_click=None, on_point=None, **traits):   # on_click(), or on_point(x, y) with a place in the picture, 0..1
+        super().__init__(**traits, clickable=bool(on_click or on_point)); self.show(image)
+        if self.clickable: self.on_msg(lambda _, content, buffers: on_point(content['x'], content['y']) if on_point else on_click())
     def show(self, image):
         "Another picture (PIL), or none."
         self.image = b'' if image is None else encode(image, 2*self.side)
@@ -34,7 +34,10 @@ function render({model, el}) {
   const clickable = model.get("clickable"), box = document.createElement(clickable ? "button" : "div"), frame = document.createElement("span"), img = document.createElement("img"), words = document.createElement("span");
   let url = null;
   box.className = "faceid-tile"; frame.className = "faceid-frame"; frame.append(img); box.append(frame, words); el.append(box);
-  if (clickable) { box.type = "button"; box.addEventListener("click", () => model.send({})); }
+  if (clickable) { box.type = "button"; box.addEventListener("click", e => {
+    const r = img.getBoundingClientRect(), w = img.naturalWidth || 1, h = img.naturalHeight || 1, f = Math.min(r.width/w, r.height/h) || 1;   // the picture inside its frame
+    model.send({x: (e.clientX - r.left - r.width/2)/(w*f) + .5, y: (e.clientY - r.top - r.height/2)/(h*f) + .5});
+  }); }
   const picture = () => {
     const data = model.get("image"), old = url;
     if (!data || !data.byteLength) { img.hidden = true; img.removeAttribute("src"); url = null; if (old) URL.revokeObjectURL(old); return; }
@@ -207,8 +210,10 @@ class Controls(View):
     def _photos(self): replace(self.photos, [self._photo(p) for p in self.studio.photographs])
     def _photo(self, photo):
         from faceid_nb.face import draw_faces
-        faces = f'{len(photo.faces)} faces' if len(photo.faces) > 1 else 'one face'; parts = [Tile(draw_faces(photo.faces[0].image, photo.faces), side=100, alt=f'{photo.name}, {faces}', caption=photo.name[:28])]
-        if len(photo.faces) > 1:
+        faces = f'{len(photo.faces)} faces' if len(photo.faces) > 1 else 'one face'; several = len(photo.faces) > 1
+        def point(x, y): h, w = photo.faces[0].image.shape[:2]; return self.act(lambda: self.studio.choose_at(photo, x*w, y*h))
+        parts = [Tile(draw_faces(photo.faces[0].image, photo.faces), on_point=point if several else None, side=100, alt=f'{photo.name}, {faces}', caption=photo.name[:28], tip='click on a face to choose it' if several else '')]
+        if several:
             choice = W.ToggleButtons(options=[(str(i), i) for i in range(len(photo.faces))], value=photo.chosen, tooltips=[f'face number {i}' for i in range(len(photo.faces))], style=dict(button_width='30px'))
             choice.observe(lambda change: self.act(lambda: self.studio.choose(photo, change.new)), 'value'); parts.append(choice)
         return W.VBox([*parts, self.button('remove', lambda: self.studio.remove(photo), f'remove {photo.name}', layout=dict(width='80px'))], layout=dict(align_items='center'))

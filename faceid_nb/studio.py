@@ -225,6 +225,9 @@ class Studio(Settings):
         "Another face of a photograph."
         if not 0 <= index < len(photo.faces): self.worker.error = f'There is no face {index} on {photo.name}; it has {len(photo.faces)}.'; return
         photo.chosen = index; self._tell('photographs')
+    def choose_at(self, photo, x, y):
+        "The face nearest to a place in the photograph, in pixels."
+        self.choose(photo, min(range(len(photo.faces)), key=lambda i: math.dist((x, y), ((photo.faces[i].box[0] + photo.faces[i].box[2])/2, (photo.faces[i].box[1] + photo.faces[i].box[3])/2))))
     def remove(self, photo): self.photographs = [p for p in self.photographs if p is not photo]
     def _tell(self, name): value = getattr(self, name); self.notify_change(dict(name=name, old=None, new=value, owner=self, type='change'))
     @property
@@ -443,10 +446,13 @@ def run_sweep(studio, faceid, sweep, folder, on_cell=None, on_step=None, togethe
         if studio.worker.stopping.is_set(): sweep.stop()
         studio.progress(done*each + step.done*len(step.rows), total)
         if on_step: on_step(step)
-    for cell in sweep.run(folder, progress=False, batch_size=min(default_batch(faceid), together or len(sweep)), on_step=follow):
-        done += 1; studio.progress(done*each, total)
-        if on_cell: on_cell(cell)
-        if studio.worker.stopping.is_set(): sweep.stop()
+    try:
+        for cell in sweep.run(folder, progress=False, batch_size=min(default_batch(faceid), together or len(sweep)), on_step=follow):
+            done += 1; studio.progress(done*each, total)
+            if on_cell: on_cell(cell)
+            if studio.worker.stopping.is_set(): sweep.stop()
+    finally:
+        for c in sweep.cells: c.arguments = c.arguments | dict(model=c.parameters['model'])   # whoever keeps the cells does not keep the model
 
 # %% ../nbs/16_studio.ipynb #d7995d1e
 class Comparison(HasTraits):

@@ -165,6 +165,48 @@ def jupyter_dirs(home): return {f'JUPYTER_{k}_DIR': str(home/k.lower()) for k in
 def home(tmp_path_factory): return tmp_path_factory.mktemp('jupyter')
 
 
+@contextmanager
+def serving(command, port, log, **dirs):
+    "A server on the loopback address, until the block ends: its address."
+    address = f'http://127.0.0.1:{port}'
+    with open(log, 'w') as out: server = subprocess.Popen(command, env=environment(**dirs), stdout=out, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(240):
+            try: urllib.request.urlopen(f'{address}/api?token={TOKEN}', timeout=2); break
+            except urllib.error.HTTPError: break   # it answers
+            except OSError: assert server.poll() is None, log.read_text()[-2000:]; time.sleep(.25)
+        yield address
+    finally: server.terminate(); server.wait(20)
+
+
+def jupyter_dirs(home): return {f'JUPYTER_{k}_DIR': str(home/k.lower()) for k in ('CONFIG', 'DATA', 'RUNTIME')}
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory): return tmp_path_factory.mktemp('jupyter')
+
+
+@contextmanager
+def serving(command, port, log, **dirs):
+    "A server on the loopback address, until the block ends: its address."
+    address = f'http://127.0.0.1:{port}'
+    with open(log, 'w') as out: server = subprocess.Popen(command, env=environment(**dirs), stdout=out, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(240):
+            try: urllib.request.urlopen(f'{address}/api?token={TOKEN}', timeout=2); break
+            except urllib.error.HTTPError: break   # it answers
+            except OSError: assert server.poll() is None, log.read_text()[-2000:]; time.sleep(.25)
+        yield address
+    finally: server.terminate(); server.wait(20)
+
+
+def jupyter_dirs(home): return {f'JUPYTER_{k}_DIR': str(home/k.lower()) for k in ('CONFIG', 'DATA', 'RUNTIME')}
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory): return tmp_path_factory.mktemp('jupyter')
+
+
 @pytest.fixture(scope='module')
 def lab(project, home):
     "JupyterLab with folders of its own, serving a copy of the notebooks: its address."
@@ -183,7 +225,7 @@ def browser():
 @pytest.fixture(scope='module')
 def page(lab, browser):
     "The dashboards' page, run to its end."
-    page = browser.new_page(viewport=dict(width=1280, height=1000)); page.set_default_timeout(30_000); page.wrong = []; page.on('pageerror', lambda e: page.wrong.append(str(e)))
+    page = browser.new_page(viewport=dict(width=1280, height=1000)); page.set_default_timeout(30_000); page.wrong, page.asked = [], set(); page.on('pageerror', lambda e: page.wrong.append(str(e))); page.on('request', lambda r: page.asked.add(r.url))
     page.goto(f'{lab}/lab/tree/17_dashboard.ipynb?token={TOKEN}'); page.locator('.jp-Notebook').wait_for()
     page.get_by_text('Python 3 (ipykernel) | Idle').wait_for(); page.wait_for_timeout(1000)
     for _ in range(3):   # a menu that is opened while the page settles may close again
@@ -245,7 +287,8 @@ def a_large_photograph_is_made_smaller_by_the_browser(page, photographs):
 
 def drop_choose_generate_and_likeness(page, photographs):
     drop(page, photographs/'two.png'); wait(page, lambda: 'two.png' in board(page).inner_text()); assert not alert(page).count()
-    second = board(page).locator('.widget-toggle-buttons button').nth(1); second.click(); wait(page, lambda: 'mod-active' in (second.get_attribute('class') or ''))
+    second, picture = (board(page).locator(l) for l in ('.widget-toggle-buttons button >> nth=1', 'button.faceid-tile:has(img[alt^="two.png"])')); chosen = lambda: 'mod-active' in (second.get_attribute('class') or ''); box = picture.locator('img').bounding_box(); picture.click(position=dict(x=.8*box['width'], y=.5*box['height'])); wait(page, chosen)
+    board(page).locator('.widget-toggle-buttons button').first.click(); wait(page, lambda: not chosen()); second.click(); wait(page, chosen)
     set_slider(page, 'steps', 12); set_slider(page, 'pictures', 2); go, stop = (button(page, n) for n in ('Generate', 'Stop')); assert stop.is_disabled()
     go.click(); wait(page, lambda: re.search(r'step \d+ of 12', board(page).inner_text()) or len(likenesses(page)) == 2); wait(page, lambda: len(likenesses(page)) == 2); wait(page, lambda: go.is_enabled() and stop.is_disabled())
     text = board(page).inner_text(); assert '2 made in' in text and re.search(r'(cpu|cuda\S*), float\d+ \| memory \d+\.\d of \d+ GB \| faces: \w+ExecutionProvider \| files go into portraits/', text)
@@ -345,6 +388,7 @@ def the_cell_run_again_lets_go_of_the_old_board(page, home):
 
 def test_the_dashboards_in_jupyterlab(page, photographs, project, home, monkeypatch):
     "One visit, in this order: several workers would each open a page of their own."
+    files = lambda: (project/'nbs').rglob('*'); before = {f.relative_to(project/'nbs').parts[0] for f in files()}
     a_photograph_without_a_face_is_answered_and_the_controls_live(page, photographs)
     a_large_photograph_is_made_smaller_by_the_browser(page, photographs)
     drop_choose_generate_and_likeness(page, photographs)
@@ -358,6 +402,8 @@ def test_the_dashboards_in_jupyterlab(page, photographs, project, home, monkeypa
     everything_has_a_name_and_is_reached_by_keyboard_fits_and_is_readable(page)
     it_is_readable_in_the_dark(page)
     the_cell_run_again_lets_go_of_the_old_board(page, home)
+    assert {f.relative_to(project/'nbs').parts[0] for f in files()} - before <= {'portraits', '.ipynb_checkpoints'}, 'something was written elsewhere'
+    assert not [u for u in page.asked if not re.match(r'(https?|wss?)://127\.0\.0\.1[:/]|data:|blob:', u)], 'the page asked another machine'
     assert not page.wrong and 'javascript error' not in board(page).inner_text(), page.wrong
 
 

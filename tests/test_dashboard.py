@@ -82,7 +82,7 @@ def test_only_what_the_variant_has_is_shown(board, photo):
 def test_photographs_are_drawn_chosen_and_removed(board):
     from faceid_nb.tiny.people import render, sample_people
     a, b = (p.image for p in render(sample_people(2, 7), seed=1, size=160, hat=None, glasses=0)); two = Image.new('RGB', (320, 160)); two.paste(a, (0, 0)); two.paste(b.resize((120, 120)), (180, 20)); s, c = board.studio, board.controls; s.receive('two.png', png(two))
-    assert len(c.photos.children) == 2 and c.photos.children[1].children[0].alt == 'two.png, 2 faces'; c.photos.children[1].children[1].value = 1; assert s.photographs[1].chosen == 1 and c.photos.children[1].children[1].value == 1; c.photos.children[0].children[-1].click(); assert [p.name for p in s.photographs] == ['two.png'] and len(c.photos.children) == 1
+    assert len(c.photos.children) == 2 and c.photos.children[1].children[0].alt == 'two.png, 2 faces'; c.photos.children[1].children[1].value = 1; assert s.photographs[1].chosen == 1 and c.photos.children[1].children[1].value == 1; point = lambda x, y: c.photos.children[1].children[0]._handle_custom_msg(dict(x=x, y=y), []); point(.2, .5); assert s.photographs[1].chosen == 0; point(.8, .5); assert s.photographs[1].chosen == 1 and not c.photos.children[0].children[0].clickable; c.photos.children[0].children[-1].click(); assert [p.name for p in s.photographs] == ['two.png'] and len(c.photos.children) == 1
     face = D.look_at(s.photographs[0].face); assert face.width < 160 and abs(face.width - face.height) <= .15*face.width
 
 def test_portraits_previews_and_buttons(board):

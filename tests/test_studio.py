@@ -310,3 +310,12 @@ def test_attention_by_layer_and_step(studio):
     pictures = a.overlays(); assert len(pictures) == 4 and pictures[0].size == (64, 64) and a.limits == (pytest.approx(a.shares().min()), pytest.approx(a.shares().max())); assert a.record.at is None and a.record.tokens is None
     picture = a.image; again = made(studio)[0].image; assert abs(np.asarray(picture, int) - np.asarray(again, int)).max() <= 2 and 'record' not in picture.info['faceid_nb']
     a.step = 3; studio.num_inference_steps = 2; run(a, a.run); assert a.steps == 2 and a.step == 2; studio.scale = 0.; a.run(); studio.worker.wait(20); assert 'the scale is 0' in studio.error; studio.scale = 1.
+
+def test_the_model_is_let_go_whatever_was_made_with_it(studio, tmp_path):
+    import gc, weakref
+    studio.model, studio.folder = 'tiny-plusv2', str(tmp_path); made(studio); g, c, a = S.Grid(studio, seeds=[0], s_scales=[0., 1.]), S.Comparison(studio, scales=[1.], s_scales=[1.], seeds=[0], target=0.), S.Attention(studio)
+    for thing, begin in ((g, g.run), (c, c.compare), (c, c.survey), (c, c.search), (a, a.run)): run(thing, begin)
+    parts = [weakref.ref(x) for x in (studio._faceid, studio._faceid.pipe.unet, studio._faceid.pipe.vae, studio._faceid.adapter.net)]; assert g.cells and studio.release(); gc.collect(); studio.folder = 'portraits'; assert [p() is None for p in parts] == [True]*4
+
+def test_a_face_is_chosen_where_it_is_clicked(studio, two):
+    p = studio.add(two, 'two.png'); studio.choose_at(p, 250, 90); assert p.chosen == 1; studio.choose_at(p, 70, 80); assert p.chosen == 0
