@@ -74,7 +74,7 @@ button.faceid-tile:hover { border-color: var(--jp-border-color1, #bbb); }
 def encode(image, side=None) -> bytes:
     "A picture as the browser takes it: PNG where it is small, JPEG where it is a photograph."
     image, data = image.convert('RGB'), io.BytesIO()
-    if side and max(image.size) > side: image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    if side: image.thumbnail((side, side), Image.Resampling.LANCZOS)
     image.save(data, **dict(format='PNG') if max(image.size) <= 256 else dict(format='JPEG', quality=90)); return data.getvalue()
 
 # %% ../nbs/17_dashboard.ipynb #c6175da2

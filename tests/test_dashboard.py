@@ -65,6 +65,9 @@ def test_a_handler_that_raises_says_so(board, monkeypatch):
 def test_a_view_that_fails_while_the_worker_reports_does_not_end_the_work(board, monkeypatch):
     monkeypatch.setattr(board.panels['Portrait'], '_box', lambda p: 1/0); board.studio.generate(); assert board.studio.worker.wait(60) and not board.studio.busy and len(board.studio.portraits) == 2 and 'division by zero' in board.studio.error
 
+def test_a_watcher_that_fails_leaves_the_others_be():
+    s, seen = Studio(), []; v = D.View(s); v.watch(s.worker, ['busy'], lambda: s.worker.busy and 1/0); v.watch(s.worker, ['busy'], lambda: seen.append(s.worker.busy)); s.worker.busy = True; assert 'division by zero' in s.error and seen == [False, True]; v.close(); s.worker.busy = False; assert seen == [False, True]
+
 # what a view shows and does
 
 def test_controls_and_studio_are_linked_both_ways(board):

@@ -183,6 +183,7 @@ def test_a_linear_map_shows_the_latents_and_taesd_is_taken_where_it_is(shared, s
     flat, name = S.find_previewer(pipe, face, tmp_path/'none', 0); assert name == 'a linear map'; seen = flat(torch.cat([latents, -latents])); assert len(seen) == 2 and seen[0].size == (16, 16) and np.corrcoef(np.asarray(seen[0], float).ravel(), whole.ravel())[0, 1] > .9
     for folder, c in ('taesd', latents.shape[1]), ('other', 3): AutoencoderTiny(latent_channels=c, encoder_block_out_channels=(8,)*4, decoder_block_out_channels=(8,)*4, num_encoder_blocks=(1,)*4, num_decoder_blocks=(1,)*4).save_pretrained(tmp_path/folder)
     assert S.find_previewer(pipe, face, tmp_path/'other', 0)[1] == 'a linear map'; small, name = S.find_previewer(pipe, face, tmp_path/'taesd', 0); assert name == 'TAESD' and small(latents)[0].size == (128, 128)
+    pipe.vae.register_to_config(scaling_factor=.25); half = np.asarray(S.find_previewer(pipe, face, tmp_path/'none', 0)[0](latents/4)[0], float); own = np.asarray(S.find_previewer(pipe, face)[0](latents/4)[0].resize((16, 16), Image.Resampling.BOX), float); pipe.vae.register_to_config(scaling_factor=1.); assert abs(half - whole).mean() < 15 and abs(own - whole).mean() < 1
     monkeypatch.setattr(S, 'fit_colours', lambda *a: torch.full((5, 3), math.nan)); none, name = S.find_previewer(pipe, face, tmp_path/'none', 0); assert name == 'none' and none(latents) == []
 
 def test_a_preview_that_cannot_be_made_costs_nothing_else(studio, monkeypatch):
