@@ -207,16 +207,20 @@ class Controls(View):
         for name, w in dict(model=self.model, prompt=self.prompt, negative_prompt=self.negative, seed=self.seed, seed_locked=self.lock, side_by_side=self.apart, download=self.download, num_photographs=self.used).items(): self.link(name, w)
         self.children = [self.drop, W.HBox([self.drawn, self.apart]), self.photos, self.used, self.model, self.about, self.download, self.prompt, self.negative, *self.knobs.values(), W.HBox([self.seed, self.dice, self.lock])]
         self.watch(s, ['photographs'], self._photos); self.watch(s, ['model'], self._model); self.watch(s, ['photographs', 'model', 'side_by_side'], self._several)
-    def _photos(self): replace(self.photos, [self._photo(p) for p in self.studio.photographs])
+    def _photos(self):
+        there = {b.key: b for b in self.photos.children}; replace(self.photos, [there.get((id(p), id(p.faces))) or self._photo(p) for p in self.studio.photographs])
+        for p, box in zip(self.studio.photographs, self.photos.children):
+            if box.choice: box.choice.value = p.chosen
     def _photo(self, photo):
         from faceid_nb.face import draw_faces
         faces = f'{len(photo.faces)} faces' if len(photo.faces) > 1 else 'one face'; several = len(photo.faces) > 1
         def point(x, y): h, w = photo.faces[0].image.shape[:2]; return self.act(lambda: self.studio.choose_at(photo, x*w, y*h))
         parts = [Tile(draw_faces(photo.faces[0].image, photo.faces), on_point=point if several else None, side=100, alt=f'{photo.name}, {faces}', caption=photo.name[:28], tip='click on a face to choose it' if several else '')]
+        choice = None
         if several:
             choice = W.ToggleButtons(options=[(str(i), i) for i in range(len(photo.faces))], value=photo.chosen, tooltips=[f'face number {i}' for i in range(len(photo.faces))], style=dict(button_width='30px'))
             choice.observe(lambda change: self.act(lambda: self.studio.choose(photo, change.new)), 'value'); parts.append(choice)
-        return W.VBox([*parts, self.button('remove', lambda: self.studio.remove(photo), f'remove {photo.name}', layout=dict(width='80px'))], layout=dict(align_items='center'))
+        box = W.VBox([*parts, self.button('remove', lambda: self.studio.remove(photo), f'remove {photo.name}', layout=dict(width='80px'))], layout=dict(align_items='center')); box.key, box.choice = (id(photo), id(photo.faces)), choice; return box
     def _model(self):
         s, here = self.studio, all(p.here for p in parts_needed(self.studio.model)); self.about.value = f'<div style="line-height:1.3;margin-left:94px"><small>{html.escape(describe_model(s.model))}</small></div>'
         visible(self.knobs['s_scale'], s.has_structure); visible(self.download, not here); self.act(s.look)
@@ -393,7 +397,9 @@ class Board(W.HBox):
     def __init__(self, panels, studio=None, folder='portraits'):   # {title: function(studio) -> `Panel`}; None: one of its own, which is closed with it
         self.closed = False; cell, run = this_cell(); old = [b for c, r, b in _boards if c is not None and c == cell and r != run]
         for b in old: b.close()
-        self.own, self.studio = studio is None, studio or Studio(folder=str(folder)); self.controls, self.status = Controls(self.studio), Status(self.studio); self.panels = {n: f(self.studio) for n, f in panels.items()}; parts = list(self.panels.values())
+        self.own, self.studio = studio is None, studio or Studio(folder=str(folder)); self.controls, self.status = Controls(self.studio), Status(self.studio); self.panels = {n: f(self.studio) for n, f in panels.items()}
+        parts = [W.Box([p], layout=dict(display='block', max_height='76vh', overflow='auto')) for p in self.panels.values()]   # a long gallery scrolls by itself: the status stays in sight
+        for p in parts: p.add_class('faceid-scroll')
         right = W.VBox([self.status, parts[0] if len(parts) == 1 else W.Tab(parts, titles=list(self.panels))], layout=dict(flex='1 1 0', min_width='0')); super().__init__([self.controls, right], layout=dict(width='100%')); self.add_class('faceid-board'); _boards.append((cell, run, self))
     def close(self):
         "Let go of the worker, the model and all widgets."

@@ -342,8 +342,8 @@ class Studio(People, Gallery):
         from faceid_nb.faceid import read_record
         try: record = read_record(io.BytesIO(data))
         except (OSError, ValueError): record = {}
-        if record and self.restore(data): self.note = f'{name}: settings restored. ' + ('' if self.photographs else 'Add the photograph to make the picture again.')
-        elif not record: self.add(data, name)
+        if not record: self.add(data, name)
+        elif self.restore(data): self.note = f'{name}: settings restored. ' + ('' if self.photographs else 'Add the photograph to make the picture again.')
     def restore(self, png):
         "Take over the settings that a saved portrait carries (path or bytes): whether it has any. What is out of range is refused as a whole."
         from faceid_nb.faceid import read_record

@@ -207,6 +207,48 @@ def jupyter_dirs(home): return {f'JUPYTER_{k}_DIR': str(home/k.lower()) for k in
 def home(tmp_path_factory): return tmp_path_factory.mktemp('jupyter')
 
 
+@contextmanager
+def serving(command, port, log, **dirs):
+    "A server on the loopback address, until the block ends: its address."
+    address = f'http://127.0.0.1:{port}'
+    with open(log, 'w') as out: server = subprocess.Popen(command, env=environment(**dirs), stdout=out, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(240):
+            try: urllib.request.urlopen(f'{address}/api?token={TOKEN}', timeout=2); break
+            except urllib.error.HTTPError: break   # it answers
+            except OSError: assert server.poll() is None, log.read_text()[-2000:]; time.sleep(.25)
+        yield address
+    finally: server.terminate(); server.wait(20)
+
+
+def jupyter_dirs(home): return {f'JUPYTER_{k}_DIR': str(home/k.lower()) for k in ('CONFIG', 'DATA', 'RUNTIME')}
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory): return tmp_path_factory.mktemp('jupyter')
+
+
+@contextmanager
+def serving(command, port, log, **dirs):
+    "A server on the loopback address, until the block ends: its address."
+    address = f'http://127.0.0.1:{port}'
+    with open(log, 'w') as out: server = subprocess.Popen(command, env=environment(**dirs), stdout=out, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(240):
+            try: urllib.request.urlopen(f'{address}/api?token={TOKEN}', timeout=2); break
+            except urllib.error.HTTPError: break   # it answers
+            except OSError: assert server.poll() is None, log.read_text()[-2000:]; time.sleep(.25)
+        yield address
+    finally: server.terminate(); server.wait(20)
+
+
+def jupyter_dirs(home): return {f'JUPYTER_{k}_DIR': str(home/k.lower()) for k in ('CONFIG', 'DATA', 'RUNTIME')}
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory): return tmp_path_factory.mktemp('jupyter')
+
+
 @pytest.fixture(scope='module')
 def lab(project, home):
     "JupyterLab with folders of its own, serving a copy of the notebooks: its address."
@@ -332,6 +374,7 @@ def a_grid_is_filled_stopped_resumed_and_a_cell_enlarged(page, project):
     seeds = labelled(page, 'seeds'); seeds.fill('0, 1, 2, 3'); seeds.press('Enter'); go = button(page, 'Fill the grid'); go.click(); cells = board(page).locator('.faceid-grid button.faceid-tile'); done = lambda: len(re.findall(r'-?\d\.\d\d / \d\.\d\d', board(page).locator('.faceid-grid').inner_text()))
     wait(page, lambda: cells.count() == 12); wait(page, lambda: board(page).locator('.faceid-grid .dim img:visible').count()); wait(page, lambda: done() >= 3); button(page, 'Stop').click(); wait(page, lambda: button(page, 'Resume').count() and button(page, 'Resume').is_enabled()); assert 3 <= done() < 12 and 'cells to go' in board(page).inner_text(); shot(page, 'grid-stopped')
     button(page, 'Resume').click(); wait(page, lambda: done() == 12, 120); finished(page, 'Fill the grid'); assert '12 cells' in board(page).inner_text() and len(list((project/'nbs'/'portraits'/'sweeps'/'pictures').glob('*.png'))) == 12
+    scroll = board(page).locator('.faceid-scroll:visible'); board(page).evaluate('e => e.scrollIntoView()'); scroll.evaluate('e => { e.scrollTop = 1e6; }'); assert scroll.evaluate('e => e.scrollTop > 0 && e.getBoundingClientRect().bottom <= innerHeight'), 'a long grid scrolls by itself'; sync_api.expect(board(page).get_by_text('files go into portraits/')).to_be_in_viewport()
     cells.nth(4).click(); large = board(page).locator('.faceid-large'); wait(page, lambda: large.locator('img:visible').count() == 2 and 'structure distance' in large.inner_text()); assert cells.nth(4).get_attribute('aria-pressed') == 'true'
     button(page, 'Export').click(); wait(page, lambda: 'written: portraits' in board(page).inner_text()); assert {f.name for f in (project/'nbs'/'portraits').glob('grid*')} == {'grid_0001.png', 'grid_0001.csv', 'grid_0001_curves.png'}; board(page).scroll_into_view_if_needed(); shot(page, 'structure'); picture(page, 'structure')
 

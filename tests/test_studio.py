@@ -204,6 +204,7 @@ def test_several_people_get_pictures_of_their_own(studio, two):
 def test_two_people_in_one_are_pointed_out(studio, photo, two):
     studio.add(photo, 'again.png'); assert studio.note == ''; studio.choose(studio.add(two, 'two.png'), 0); studio.note = ''; from_other = studio.photographs[-1].faces[1]; assert float(from_other.embedding @ studio.photographs[0].face.embedding) < .2
     studio.photographs = []; studio.add(png(Image.fromarray(from_other.image[:, 170:])), 'b.png'); studio.add(photo, 'a.png'); assert 'b.png and a.png look like two people' in studio.note
+    studio.note, studio.photographs, studio.side_by_side = '', studio.photographs[:1], True; studio.add(photo, 'a.png'); assert studio.note == ''; studio.side_by_side = False
 
 def test_portrait_reads_as_many_photographs_as_are_wanted(studio, photo):
     studio.add(photo, 'b.png'); studio.add(photo, 'c.png'); studio.num_photographs = 2; assert [len(p) for p in studio.people] == [3]; studio.model = 'tiny-portrait'; assert [len(p) for p in studio.people] == [2] and made(studio)[0].person == 'me.png, b.png'; studio.num_photographs = 0; assert [len(p) for p in studio.people] == [3]
