@@ -315,7 +315,7 @@ class GridPanel(Panel):
         if self.studio.busy or not self.grid.cells: self.go.description = 'Fill the grid'; return
         self.go.description = 'Resume' if self.grid.unfinished else 'Fill the grid'
         for c, tile in zip(self.grid.cells, self.tiles):
-            if c.state == 'waiting': tile.caption = 'waiting'
+            if c.state == 'waiting': tile.caption, tile.dim = 'waiting', False; tile.show(None)
         if any(c.state == 'done' for c in self.grid.cells): self._curve()
     def _curve(self):
         if not any(c.state == 'done' for c in self.grid.cells): return

@@ -156,7 +156,7 @@ class Photograph:
 class People(Settings):
     "Photographs, the faces on them, and which of them are one person."
     photographs, side_by_side, num_photographs = List(), Bool(False), Int(0)   # side by side every photograph is another person; how many Portrait reads, 0: all
-    note = Unicode('')   # what the user should know
+    note, download = Unicode(''), Bool(False)   # what the user should know; may what is missing be fetched
     def __init__(self, **traits): self.worker, self._readers, self._drawn = Worker(), {}, 23; super().__init__(**traits)
     def _reader(self):
         from faceid_nb.face import FaceReader
@@ -165,12 +165,16 @@ class People(Settings):
         return self._readers[pack]
     def add(self, source, name='', code=''):
         "Take a photograph and find its faces. Returns it, or None with the reason in `error`."
-        from faceid_nb.face import _no_face, read_image
-        self.worker.error = ''
+        from faceid_nb.face import _no_face, download_pack, read_image
+        self.worker.error, pack = '', MODELS[self.model].pack
         try:
             pixels = read_image(source); faces = self._reader().read(pixels)
             if not faces: raise _no_face(self._reader(), name or source, pixels)
-        except FaceIDError as e: self.worker.error = str(e); return None
+        except PackMissingError as e:
+            if self.download and self.worker.start(lambda: (download_pack(pack), self.add(source, name, code))): self.note = f'{name or "The photograph"} is read as soon as the face pack {pack} is here.'
+            else: self.worker.error = f'{e} Or allow the download, and add the photograph again.'
+            return None
+        except FaceIDError as e: self.worker.error = f'{e}' + ' Real people need a model such as sd15-plusv2.'*(pack == 'tiny'); return None
         path = isinstance(source, (str, Path)); photo = Photograph(name or (Path(source).name if path else f'photograph {len(self.photographs) + 1}'), source, faces, code=code or (repr(str(source)) if path else ''))
         first = self.photographs[0].face if self.photographs else None; self.photographs = [*self.photographs, photo]
         if first is not None and not self.side_by_side and first.pack == photo.face.pack and (alike := float(first.embedding @ photo.face.embedding)) < .2: self.note = f'{self.photographs[0].name} and {photo.name} look like two people (similarity {alike:.2f}). They are taken for one unless each is another person.'
@@ -242,7 +246,7 @@ class Studio(People, Gallery):
     preview, preview_every = List(), Int(5)                                            # pictures of what is at work; every so many steps, 0: never
     step, steps, seconds_left, status = Int(0), Int(0), Float(math.nan), Unicode('')
     device, memory, provider = Unicode(''), Unicode(''), Unicode('')
-    download, save_all = Bool(False), Bool(False)                                      # may weights be fetched; write every portrait as it is finished
+    save_all = Bool(False)                                                             # write every portrait as it is finished
     def __init__(self, **traits): self._faceid, self._previewer, self._looked = None, None, 0; super().__init__(**traits)
     @property
     def busy(self): return self.worker.busy

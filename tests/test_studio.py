@@ -28,6 +28,7 @@ def shared():
 def studio(shared, photo):
     shared.worker.wait(30); shared.unobserve_all(); shared.photographs, shared.portraits, shared.preview = [], [], []
     shared.model, shared.prompt, shared.negative_prompt, shared.num_samples, shared.seed, shared.seed_locked, shared.num_inference_steps, shared.scale, shared.preview_every = 'tiny-faceid', 'photo of a person, smiling', '', 1, 0, True, 2, 1., 5
+    shared.note, shared.best_first, shared.side_by_side, shared.num_photographs, shared.compared, shared.folder, shared.download = '', False, False, 0, [], 'portraits', False
     shared.add(photo, 'me.png'); return shared
 
 def made(studio): assert studio.generate(), studio.error; assert studio.worker.wait(120); return studio.portraits
@@ -71,7 +72,7 @@ def test_faces_are_found_and_chosen(studio, two):
     studio.choose(p, 1); assert p.face is p.faces[1] and len(heard) == 2; studio.choose(p, 2); assert p.chosen == 1 and 'no face 2' in studio.error; studio.choose(p, -1); assert p.chosen == 1
     studio.remove(p); assert [q.name for q in studio.photographs] == ['me.png']
 
-@pytest.mark.parametrize('bad, said', [(png(Image.new('RGB', (64, 64), 'blue')), "No face was found in 'bad.png'"), (b'x', 'not a picture'), ('/no/such/file.png', 'file.png')])
+@pytest.mark.parametrize('bad, said', [(png(Image.new('RGB', (64, 64), 'blue')), "No face was found in 'bad.png'"), (png(Image.new('RGB', (64, 64), 'red')), 'Real people need a model such as sd15-plusv2'), (b'x', 'not a picture'), ('/no/such/file.png', 'file.png')])
 def test_bad_photographs_are_said_and_not_kept(studio, bad, said): assert studio.add(bad, 'bad.png') is None and said in studio.error and len(studio.photographs) == 1
 
 def test_what_is_missing(studio, photo):
@@ -103,7 +104,7 @@ def test_stop_before_the_first_step(studio, monkeypatch):
 def test_controls_are_alive_while_it_works(studio):
     studio.num_inference_steps = 200; studio.generate(); slowest = 0
     for k in range(20): t = time.time(); studio.scale = k/20; slowest = max(slowest, time.time() - t); time.sleep(.01)
-    assert slowest < .1 and studio.busy; studio.stop(); assert studio.worker.wait(20)
+    assert slowest < .1 and studio.busy; studio.prompt = ''; assert not studio.generate() and not studio.error; studio.stop(); assert studio.worker.wait(20)
 
 def test_a_generation_that_fails(studio, monkeypatch):
     made(studio); monkeypatch.setattr(studio._faceid, 'generate', lambda *a, **k: (_ for _ in ()).throw(RuntimeError('CUDA out of memory'))); studio.generate(); assert studio.worker.wait(20) and 'not enough memory' in studio.error and len(studio.portraits) == 1
@@ -170,7 +171,7 @@ def test_what_is_here_and_what_is_not(tmp_path):
 def test_nothing_is_fetched_that_was_not_allowed(studio, monkeypatch):
     import faceid_nb.models as models
     asked = []; monkeypatch.setattr(models, 'load', lambda name, **more: asked.append((name, more)) or (_ for _ in ()).throw(ArgumentError('not here', '', ''))); studio.model = 'sd15-faceid'
-    assert not studio.generate() and '2.7 GB or more would be downloaded. Allow the download' in studio.error and not asked; studio.download = True; assert studio.generate() and studio.worker.wait(20) and asked == [('sd15-faceid', dict(download=True))] and studio.status == 'failed' or studio.error; studio.download = False
+    assert not studio.generate() and '2.7 GB or more would be downloaded. Allow the download' in studio.error and not asked; studio.download = True; assert studio.generate() and studio.worker.wait(20) and asked == [('sd15-faceid', dict(download=True))] and 'not here' in studio.error
 
 # previews
 
@@ -321,3 +322,10 @@ def test_the_model_is_let_go_whatever_was_made_with_it(studio, tmp_path):
 
 def test_a_face_is_chosen_where_it_is_clicked(studio, two):
     p = studio.add(two, 'two.png'); studio.choose_at(p, 250, 90); assert p.chosen == 1; studio.choose_at(p, 70, 80); assert p.chosen == 0
+
+def test_a_face_pack_is_fetched_for_a_photograph_if_that_is_allowed(studio, photo, monkeypatch, tmp_path):
+    import faceid_nb.face as face
+    tiny, came = studio._reader(), []; monkeypatch.setattr(face.FaceReader, '__init__', lambda self, name, **more: (_ for _ in ()).throw(face._missing(name, tmp_path, 'there is no such folder'))); monkeypatch.setattr(face, 'download_pack', lambda pack: (came.append(pack), studio._readers.update({pack: tiny})))
+    studio.model, studio._readers = 'sd15-faceid', {'tiny': tiny}; assert studio.add(photo, 'b.png') is None and 'Or allow the download' in studio.error and not came and len(studio.photographs) == 1
+    studio.download = True; studio.add(photo, 'b.png'); assert studio.worker.wait(20) and came == ['buffalo_l'] and [p.name for p in studio.photographs] == ['me.png', 'b.png'] and studio.error == '' and 'b.png is read as soon as' in studio.note
+    monkeypatch.setattr(face, 'download_pack', lambda pack: None); studio._readers.pop('buffalo_l'); studio.add(photo, 'c.png'); assert studio.worker.wait(20) and 'is missing' in studio.error and len(studio.photographs) == 2; studio._readers = {}
