@@ -391,7 +391,7 @@ def run_sweep(studio, faceid, sweep, folder, on_cell=None, on_step=None, togethe
         if on_step: on_step(step)
     try:
         for cell in sweep.run(folder, progress=False, batch_size=min(default_batch(faceid), together or len(sweep)), on_step=follow):
-            done += 1; studio.progress(done*each, total)
+            done += 1; studio.progress(max(done*each, studio.step), total)   # a batch's cells arrive one by one when all are made
             if on_cell: on_cell(cell)
             if studio.worker.stopping.is_set(): sweep.stop()
     finally:

@@ -85,7 +85,7 @@ def test_only_what_the_variant_has_is_shown(board, photo):
 def test_photographs_are_drawn_chosen_and_removed(board):
     from faceid_nb.tiny.people import render, sample_people
     a, b = (p.image for p in render(sample_people(2, 7), seed=1, size=160, hat=None, glasses=0)); two = Image.new('RGB', (320, 160)); two.paste(a, (0, 0)); two.paste(b.resize((120, 120)), (180, 20)); s, c = board.studio, board.controls; s.receive('two.png', png(two))
-    assert len(c.photos.children) == 2 and c.photos.children[1].children[0].alt == 'two.png, 2 faces'; c.photos.children[1].children[1].value = 1; assert s.photographs[1].chosen == 1 and c.photos.children[1].children[1].value == 1; point = lambda x, y: c.photos.children[1].children[0]._handle_custom_msg(dict(x=x, y=y), []); point(.2, .5); assert s.photographs[1].chosen == 0; kept = c.photos.children; point(.8, .5); assert s.photographs[1].chosen == 1 == c.photos.children[1].children[1].value and c.photos.children == kept and not c.photos.children[0].children[0].clickable; c.photos.children[0].children[-1].click(); assert [p.name for p in s.photographs] == ['two.png'] and len(c.photos.children) == 1
+    assert len(c.photos.children) == 2 and c.photos.children[1].children[0].alt == 'two.png, 2 faces'; c.photos.children[1].children[1].value = 1; assert s.photographs[1].chosen == 1 and c.photos.children[1].children[1].value == 1; point = lambda x, y: c.photos.children[1].children[0]._handle_custom_msg(dict(x=x, y=y), []); point(.2, .5); assert s.photographs[1].chosen == 0 == c.photos.children[1].children[1].value; kept = c.photos.children; point(.8, .5); assert s.photographs[1].chosen == 1 == c.photos.children[1].children[1].value and c.photos.children == kept and not c.photos.children[0].children[0].clickable; c.photos.children[0].children[-1].click(); assert [p.name for p in s.photographs] == ['two.png'] and len(c.photos.children) == 1
     face = D.look_at(s.photographs[0].face); assert face.width < 160 and abs(face.width - face.height) <= .15*face.width
 
 def test_portraits_previews_and_buttons(board):
@@ -151,3 +151,6 @@ def _noted(image, seed): image = image.copy(); image.info['faceid_nb'] = dict(im
 def test_the_one_line_calls():
     for call, names in ((D.portrait_dashboard, ['Portrait']), (D.structure_dashboard, ['Structure']), (D.similarity_dashboard, ['Similarity']), (D.attention_dashboard, ['Attention']), (D.studio, list(ALL))):
         b = call(folder='elsewhere'); assert list(b.panels) == names and 'elsewhere' in b.status.machine.value and all(p.studio is b.studio for p in b.panels.values()); b.close()
+
+def test_a_process_ends_quietly_with_a_board_open(fresh):
+    r = fresh('from faceid_nb.dashboard import studio\nboard = studio()\nprint("up")', check=False); assert r.stdout.strip() == 'up' and r.returncode == 0 and 'Exception' not in r.stderr and 'Error' not in r.stderr, r.stderr[-600:]

@@ -104,7 +104,7 @@ def test_stop_before_the_first_step(studio, monkeypatch):
 def test_controls_are_alive_while_it_works(studio):
     studio.num_inference_steps = 200; studio.generate(); slowest = 0
     for k in range(20): t = time.time(); studio.scale = k/20; slowest = max(slowest, time.time() - t); time.sleep(.01)
-    assert slowest < .1 and studio.busy; studio.prompt = ''; assert not studio.generate() and not studio.error; studio.stop(); assert studio.worker.wait(20)
+    assert slowest < .1 and studio.busy; studio.prompt = ''; assert not studio.generate() and not S.Comparison(studio).compare() and not studio.error; studio.stop(); assert studio.worker.wait(20)
 
 def test_a_generation_that_fails(studio, monkeypatch):
     made(studio); monkeypatch.setattr(studio._faceid, 'generate', lambda *a, **k: (_ for _ in ()).throw(RuntimeError('CUDA out of memory'))); studio.generate(); assert studio.worker.wait(20) and 'not enough memory' in studio.error and len(studio.portraits) == 1
@@ -267,6 +267,9 @@ def test_a_grid_fills_stops_and_goes_on(grid):
 def test_previews_of_a_grid_belong_to_their_cells(grid, monkeypatch):
     made(grid.studio); grid.studio.preview_every, heard = 1, []; monkeypatch.setattr(grid.studio, '_previewer', lambda latents: [Image.new('RGB', (1, 1), (i, 0, 0)) for i in range(len(latents))]); grid.observe(lambda c: heard.append({k: v.getpixel((0, 0))[0] for k, v in c.new.items()}), 'previews'); run(grid, grid.run)
     assert {0: 0, 1: 1} in heard and {2: 0, 3: 1} in heard and grid.previews == {}
+    grid.seeds = [2, 3]; grid.observe(lambda c: 2 in c.new and grid.studio.stop(), 'previews'); assert '2 cells to go' in run(grid, grid.run) and grid.previews == {}
+
+def test_progress_of_a_grid_goes_by_steps_and_never_back(grid): grid.studio.num_inference_steps, heard = 3, []; grid.studio.observe(lambda c: heard.append(c.new), 'step'); run(grid, grid.run); assert heard == [2, 4, 6, 8, 10, 12] or heard == [0, 2, 4, 6, 8, 10, 12]
 
 def test_cells_that_fail_are_said(grid, monkeypatch):
     made(grid.studio); real = grid.studio._faceid.generate
@@ -282,7 +285,7 @@ def test_the_code_of_a_cell_makes_its_picture(grid, photo, tmp_path, monkeypatch
 # likeness
 
 def test_everybody_is_compared_with_everybody(studio, two, tmp_path):
-    studio.folder = str(tmp_path); studio.choose(studio.add(two, 'two.png'), 1); c = S.Comparison(studio, seeds=[0, 1]); assert 'compared with 2 photographs' in run(c, c.compare) and c.owner is None and c.matrix.shape == (2, 2) and list(c.matrix.columns) == ['me.png', 'two.png']
+    studio.folder = str(tmp_path); c = S.Comparison(studio, seeds=[0, 1]); assert 'add people' in run(c, c.compare) and c.owner == [0, 0]; studio.choose(studio.add(two, 'two.png'), 1); assert 'compared with 2 photographs' in run(c, c.compare) and c.owner is None and c.matrix.shape == (2, 2) and list(c.matrix.columns) == ['me.png', 'two.png']
     studio.side_by_side = True; run(c, c.compare); assert c.matrix.shape == (4, 2) and c.owner == [0, 0, 1, 1] and list(c.matrix.index) == ['me.png, 0', 'me.png, 1', 'two.png, 0', 'two.png, 1']; studio.side_by_side = False
     from faceid_nb.measure import identity_similarity
     from faceid_nb.sweep import read_table
