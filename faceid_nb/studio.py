@@ -273,9 +273,9 @@ class Studio(People, Gallery):
         self.step, self.steps, self.seconds_left, self.note = 0, 0, math.nan, ''; model, people = self.model, [list(p) for p in self.people]
         return self.worker.start(lambda: self._run(work, model, people))
     def _run(self, work, model, people):
-        faceid = self._load(model); self.look()
-        if self.worker.stopping.is_set(): self.status = 'stopped'; return
         try:
+            faceid = self._load(model); self.look()
+            if self.worker.stopping.is_set(): self.status = 'stopped'; return
             faces = [self._faces(photos, faceid.reader) for photos in people]
             if self._previewer is None and self.preview_every:
                 try: self._previewer = find_previewer(faceid.pipe, Image.fromarray(people[0][0].face.image))[0]
@@ -323,10 +323,14 @@ class Studio(People, Gallery):
             if seen := self.see(step): self.preview = seen
         images = faceid.generate(faces, on_step=on_step, batch_size=default_batch(faceid), **asked)
         if images:
-            self.status, who = 'measuring', [i.info['faceid_nb']['person'] for i in images]; found = measure_pictures([faces[w] for w in who], images, None, find_scoring(faceid.reader)[0], faceid.reader, each=True)
+            self.status, who, wrong, (judge, name) = 'measuring', [i.info['faceid_nb']['person'] for i in images], None, find_scoring(faceid.reader)
+            if judge is False: self.note = f'Likeness is by the {name}, which flatters: the judge is not on this machine.'
+            try: found = measure_pictures([faces[w] for w in who], images, None, judge, faceid.reader, each=True)
+            except Exception as e: wrong, found = e, dict.fromkeys(('likeness', 'distance'), [math.nan]*len(images))   # the pictures are there all the same
             made = [Portrait(i, dict(asked, model=model, num_samples=1, seed=i.info['faceid_nb']['seed']), float(l), float(d), False, ', '.join(p.name for p in people[w]), people[w][0].face, _codes(people[w])) for i, w, l, d in zip(images, who, found['likeness'], found['distance'])]
-            for p in made*self.save_all: self.save(p)
             self.remember(made)
+            for p in made*self.save_all: self.save(p)
+            if wrong: raise wrong
         return 'stopped' if faceid.stopped else f'{len(images)} made in {time.time() - self._began:.1f} s'
     def stop(self):
         "End the work after this step; what is finished is kept."

@@ -332,3 +332,15 @@ def test_a_face_pack_is_fetched_for_a_photograph_if_that_is_allowed(studio, phot
     studio.model, studio._readers = 'sd15-faceid', {'tiny': tiny}; assert studio.add(photo, 'b.png') is None and 'Or allow the download' in studio.error and not came and len(studio.photographs) == 1
     studio.download = True; studio.add(photo, 'b.png'); assert studio.worker.wait(20) and came == ['buffalo_l'] and [p.name for p in studio.photographs] == ['me.png', 'b.png'] and studio.error == '' and 'b.png is read as soon as' in studio.note
     monkeypatch.setattr(face, 'download_pack', lambda pack: None); studio._readers.pop('buffalo_l'); studio.add(photo, 'c.png'); assert studio.worker.wait(20) and 'is missing' in studio.error and len(studio.photographs) == 2; studio._readers = {}
+
+def test_pictures_are_not_lost_when_something_fails_after_them(studio, monkeypatch):
+    from faceid_nb import measure, sweep
+    with monkeypatch.context() as m: m.setattr(measure, 'measure_pictures', lambda *a, **k: (_ for _ in ()).throw(RuntimeError('no measure'))); portraits = made(studio); assert len(portraits) == 1 and math.isnan(portraits[0].likeness) and 'no measure' in studio.error and studio.status == 'failed'
+    studio.save_all = True
+    with monkeypatch.context() as m: m.setattr(studio, 'save', lambda p: (_ for _ in ()).throw(OSError('disk full'))); assert len(made(studio)) == 2 and 'disk full' in studio.error
+    studio.save_all = False
+    with monkeypatch.context() as m: m.setattr(sweep, 'find_scoring', lambda reader: (False, 'steering recogniser')); made(studio); assert 'which flatters' in studio.note
+
+def test_a_model_that_cannot_be_loaded_is_said(studio, monkeypatch):
+    import faceid_nb.models as models
+    monkeypatch.setattr(models, 'load', lambda *a, **k: (_ for _ in ()).throw(ArgumentError('Broken', 'by the test', 'Mend it'))); studio.release(); studio.generate(); assert studio.worker.wait(20) and studio.error == 'Broken. by the test. Mend it.' and studio.status == 'failed' and not studio.busy
