@@ -9,8 +9,7 @@ FLAGGED = {}  # notebook: number of cells that may say `#| eval: false` (they ne
 
 
 def flagged(cell): return cell.cell_type == 'code' and any(l.replace(' ', '') == '#|eval:false' for l in cell.source.split('\n'))
-LONG = '14_sweep 08_faceid 18_train 13_measure walkthroughs/how_many_photographs 15_benchmark 10_plusv2 walkthroughs/which_variant_when tiny/base'.split()   # first, so that no worker is left alone with one at the end
-def names(): return sorted((str(p.relative_to(ROOT/'nbs')) for p in notebooks()), key=lambda n: n.removesuffix('.ipynb') not in LONG)
+def names(): return [str(p.relative_to(ROOT/'nbs')) for p in notebooks()]
 def words(cell): return [o.data['text/markdown'] for o in cell.outputs if 'text/markdown' in o.get('data', {})]
 
 
