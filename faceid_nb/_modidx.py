@@ -693,6 +693,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/faceid_nb', 'doc_host': ''
                                   'faceid_nb.studio.Studio.close': ('studio.html#studio.close', 'faceid_nb/studio.py'),
                                   'faceid_nb.studio.Studio.code': ('studio.html#studio.code', 'faceid_nb/studio.py'),
                                   'faceid_nb.studio.Studio.error': ('studio.html#studio.error', 'faceid_nb/studio.py'),
+                                  'faceid_nb.studio.Studio.follow': ('studio.html#studio.follow', 'faceid_nb/studio.py'),
                                   'faceid_nb.studio.Studio.generate': ('studio.html#studio.generate', 'faceid_nb/studio.py'),
                                   'faceid_nb.studio.Studio.look': ('studio.html#studio.look', 'faceid_nb/studio.py'),
                                   'faceid_nb.studio.Studio.missing': ('studio.html#studio.missing', 'faceid_nb/studio.py'),

@@ -307,6 +307,13 @@ class Studio(People, Gallery):
     def see(self, step) -> list:
         "Pictures of a `Step`'s unfinished latents; none where it is not their turn."
         return self._previewer(step.clean) if self.preview_every and step.clean is not None and step.done % self.preview_every == 0 and self._previewer else []
+    def follow(self, faceid):
+        "What `generate` calls after each step: hear Stop, count, preview."
+        def on_step(step):
+            if self.worker.stopping.is_set(): faceid.stop()
+            self.progress(step.done, step.total)
+            if seen := self.see(step): self.preview = seen
+        return on_step
     def roll(self): "Another seed."; self.seed = random.randrange(2**31)
     def generate(self):
         "Begin making portraits: whether it was begun."
@@ -317,11 +324,7 @@ class Studio(People, Gallery):
         "In the worker's thread: generate and measure."
         from faceid_nb.measure import measure_pictures
         from faceid_nb.sweep import default_batch, find_scoring
-        def on_step(step):
-            if self.worker.stopping.is_set(): faceid.stop()
-            self.progress(step.done, step.total)
-            if seen := self.see(step): self.preview = seen
-        images = faceid.generate(faces, on_step=on_step, batch_size=default_batch(faceid), **asked)
+        images = faceid.generate(faces, on_step=self.follow(faceid), batch_size=default_batch(faceid), **asked)
         if images:
             self.status, who, wrong, (judge, name) = 'measuring', [i.info['faceid_nb']['person'] for i in images], None, find_scoring(faceid.reader)
             if judge is False: self.note = f'Likeness is by the {name}, which flatters: the judge is not on this machine.'
@@ -558,12 +561,10 @@ class Attention(HasTraits):
         asked = dict(self.studio.asked(), num_samples=1); return self.studio.begin(lambda faceid, faces, people: self._work(asked, faceid, faces))
     def _work(self, asked, faceid, faces):
         from faceid_nb.plots import _short
-        s, at = self.studio, []
+        at, follow = [], self.studio.follow(faceid)
         def on_step(step):
-            if s.worker.stopping.is_set(): faceid.stop()
             if faceid.adapter.at.active is not None: at[:] = [faceid.adapter.at.active]
-            s.progress(step.done, step.total)
-            if seen := s.see(step): s.preview = seen
+            follow(step)
         images = faceid.generate(faces[:1], on_step=on_step, record=True, **asked)
         if not images: return 'stopped'
         record = copy.copy(at[0]); record.at = record.tokens = record.nobody = record.key = record.kv = None   # the maps, without the model

@@ -5,7 +5,6 @@ from ipywidgets.widgets import widget
 from PIL import Image
 from conftest import ROOT
 from faceid_nb import dashboard as D
-from faceid_nb.errors import ArgumentError
 from faceid_nb.studio import Portrait, Studio
 
 ALL = dict(Portrait=D.PortraitPanel, Structure=D.GridPanel, Similarity=D.ComparisonPanel, Attention=D.AttentionPanel)

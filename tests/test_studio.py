@@ -1,5 +1,5 @@
 "The studio: rules, one worker, stop, errors, code and restored settings, without a browser."
-import io, math, os, sys, threading, time
+import io, math, threading, time
 import numpy as np, pytest
 from PIL import Image
 from traitlets import TraitError
