@@ -89,7 +89,8 @@ class Condition:
         self.key = self.kv = None
     def __enter__(self):
         if self.at.hook is None: raise ArgumentError('The adapter was detached', 'This condition was made before', 'Attach it and make another condition')
-        self.at.install(); self.outer, self.at.active = self.at.active, self
+        self.at.install()
+        self.outer, self.at.active = self.at.active, self
         return self
     def __exit__(self, *exc):
         self.at.active, self.key, self.kv = self.outer, None, None
@@ -111,10 +112,13 @@ class Condition:
         steps=slice(None),
     ):
         "Recorded attention over the identity tokens, mean over layers and steps: (rows, T, height, width), sums to 1 over T"
-        H, W = self.size; maps = []
+        H, W = self.size
+        maps = []
         for path in layers or self.maps:
             for w in self.maps[path][steps]:
-                f = round((H * W / w.shape[1]) ** .5); h = -(-H // f)             # this layer's resolution
+                # this layer's resolution
+                f = round((H * W / w.shape[1]) ** .5)
+                h = -(-H // f)
                 maps.append(F.interpolate(w.transpose(1, 2).unflatten(-1, (h, -1)), size, mode='bilinear'))
         if not maps: raise ArgumentError('Nothing was recorded', 'There are no maps', 'Pass record=True to condition() and run the pipeline inside')
         return torch.stack(maps).mean(0)
@@ -129,7 +133,8 @@ class Condition:
         who, self.reads = self.at.rows(sample, len(self.tokens), self.guidance)   # (B,): identity of a row, and does it read it?
         scale, stack = self.scale[who], self.tokens
         if not self.reads.all():                                                  # the unconditional rows read nobody's tokens
-            nobody = self.nobody(); stack = torch.cat([nobody, stack])
+            nobody = self.nobody()
+            stack = torch.cat([nobody, stack])
             who = torch.where(self.reads, who + len(nobody), who % len(nobody))
         who, scale, kv = who.to(stack.device), scale.to(stack.device)[:, None, None], {}
         for path, (attn, layer) in self.at.cross.items():
@@ -153,12 +158,17 @@ class Attachment:
             self.install()
             for a, new, _ in self.plain.values(): a.set_processor(new)
             self.hook = unet.register_forward_pre_hook(self.before, with_kwargs=True)
-        except BaseException: self.remove(); raise
+        except BaseException:
+            self.remove()
+            raise
     def install(self):
         "Put our processors in; whatever was put there meanwhile (attention slicing) runs below them."
         for path, (attn, _) in self.cross.items():
             p = self.processors[path]
-            if attn.processor is not p: check_processor(path, attn.processor); p.usual = attn.processor; attn.set_processor(p)
+            if attn.processor is not p:
+                check_processor(path, attn.processor)
+                p.usual = attn.processor
+                attn.set_processor(p)
     def clear(self, keep_graph=False):
         "No identity in any layer. Gradient checkpointing runs layers again after the block: what carries gradients stays until the next forward."
         for p in self.processors.values():
@@ -185,7 +195,9 @@ class Attachment:
             raise GuidanceError('Perturbed-attention guidance is not known to the adapter', 'Its processors are in the UNet', 'Use the pipeline without PAG')
         try: says = self.pipe.do_classifier_free_guidance
         except AttributeError: says = None                                        # a bare UNet, or a pipeline that never ran
-        c = self.unet.config; latents = sample[:, :c.out_channels]                # other channels hold masks and pictures
+        # other channels hold masks and pictures
+        c = self.unet.config
+        latents = sample[:, :c.out_channels]
         repeats = lambda p: B % p == 0 and all(torch.equal(part, latents[:B // p]) for part in latents.chunk(p)[1:])
         return guidance_rows(B, n, parts, repeats, says, three_way=c.in_channels == 2 * c.out_channels)
 
@@ -222,7 +234,9 @@ class AdapterWeights:
         "Width of the CLIP states that Plus and PlusV2 read; None for the other variants."
         return self.net.image_proj.perceiver_resampler.proj_in.in_features if isinstance(self.net.image_proj, PlusProjection) else None
     def parameters(self): return list(self.net.parameters())
-    def to(self, *args, **kwargs): self.net.to(*args, **kwargs); return self
+    def to(self, *args, **kwargs):
+        self.net.to(*args, **kwargs)
+        return self
     def state_dict(self):
         "{'image_proj': {...}, 'ip_adapter': {...}}: the official layout"
         return {part: dict(getattr(self.net, part).state_dict()) for part in ('image_proj', 'ip_adapter')}
@@ -234,7 +248,8 @@ def layers_from_state(ip_adapter):
     "{'3.to_k_ip.weight': ...} -> modules with these names: layers['3'].to_k_ip"
     layers = nn.ModuleDict()
     for key, tensor in ip_adapter.items():
-        *parents, name, _ = key.split('.'); here = layers
+        *parents, name, _ = key.split('.')
+        here = layers
         for p in parents:
             if p not in here._modules: here.add_module(p, nn.Module())
             here = here._modules[p]
@@ -311,7 +326,8 @@ class AttachableAdapter(AdapterWeights):
         "Give the UNet its own processors and weights back, bit for bit."
         if self.at is None: return self
         if self.at.active: raise ArgumentError('The adapter is in use', 'A condition() block is open', 'Leave it before detaching')
-        self.at.remove(); del self.at.unet._faceid_attachment
+        self.at.remove()
+        del self.at.unet._faceid_attachment
         self.at = None
         return self
     @property
@@ -347,7 +363,8 @@ class FaceIDAdapter(AttachableAdapter):
         if self.at is None: raise ArgumentError('The adapter is not attached', 'So condition() has nothing to act on', 'Call adapter.attach(pipe) first')
         if not 0 <= start <= end <= 1: raise ArgumentError('start and end must lie in order between 0 and 1', f'Found {start} and {end}', 'Use 0 and 1 for the whole schedule')
         k, several = int(num_images_per_prompt), self.variant == 'portrait'
-        e = face_embeddings(faces, self.net.image_proj.proj[0].in_features, several, self.raw); n = len(e)
+        e = face_embeddings(faces, self.net.image_proj.proj[0].in_features, several, self.raw)
+        n = len(e)
         scale, s_scale = rows_of(scale, n, k, 'scale'), rows_of(s_scale, n, k, 's_scale')
         nobody = torch.zeros_like(e[:1]) if negative is None else face_embeddings(negative, e.shape[-1], several, self.raw)
         if len(nobody) not in (1, n): raise ArgumentError(f'{len(nobody)} negative faces', f'There are {n} faces', 'Give one, or one for each')
@@ -361,7 +378,8 @@ class FaceIDAdapter(AttachableAdapter):
         s_scale=1.0,     # PlusV2: a number or (n,)
     ):
         "Identity tokens (n, T, d), float32"
-        proj = self.net.image_proj; device = proj.norm.weight.device
+        proj = self.net.image_proj
+        device = proj.norm.weight.device
         embeds = embeds.to(device)
         if not isinstance(proj, PlusProjection): return proj(embeds)
         if structure is None: raise ArgumentError(f'The variant {self.variant} also reads the picture of the face', 'No CLIP states were given', 'Pass structure= and negative_structure=')
@@ -371,5 +389,6 @@ class FaceIDAdapter(AttachableAdapter):
         embeds, structure = embeds.expand(n, -1), structure.to(device, torch.float32).expand(n, -1, -1)
         new = torch.ones(n, dtype=torch.bool, device=device)   # rows that repeat the one before differ in s_scale alone: one pass serves them all
         new[1:] = (embeds[1:] != embeds[:-1]).any(1) | (structure[1:] != structure[:-1]).flatten(1).any(1)
-        x, r = proj.parts(embeds[new], structure[new]); at = new.cumsum(0) - 1
+        x, r = proj.parts(embeds[new], structure[new])
+        at = new.cumsum(0) - 1
         return proj.combine(x[at], r[at], s_scale.to(device))

@@ -27,7 +27,8 @@ def find_people(
 ) -> dict:   # {name: list of photographs}, the first is the one that is given to the generator
     "Who is to be drawn. A folder holds a folder for each person, or one photograph of each. Raises ArgumentError."
     if isinstance(people, (str, os.PathLike)):
-        folder = Path(people); shown = lambda where: sorted(f for f in where.iterdir() if f.suffix.lower() in KINDS and f.is_file() and f.name[0] != '.')
+        folder = Path(people)
+        shown = lambda where: sorted(f for f in where.iterdir() if f.suffix.lower() in KINDS and f.is_file() and f.name[0] != '.')
         if not folder.is_dir(): raise ArgumentError(f'There are no people in {folder}', 'It is a file' if folder.exists() else 'No such folder', 'Make a folder for each person, with photographs in it')
         dirs = [d for d in sorted(folder.iterdir()) if d.is_dir() and d.name[0] != '.' and not (d/'cells.sqlite').exists()]   # results may lie there too
         loose, people = shown(folder), {d.name: files for d in dirs if (files := shown(d))}
@@ -67,7 +68,9 @@ def compare_photographs(people, seen):
     import pandas as pd
     rows = [dict(person=n, likeness=e[k] @ e[0], distance=d[k]) for n, (e, d) in seen.items() for k in range(1, len(e)) if not np.isnan(e[0, 0])]
     e, owner = np.concatenate([e for e, _ in seen.values()]), np.repeat(np.arange(len(seen)), [len(p) for p in people.values()])
-    a, b = np.triu_indices(len(e), 1); cos, same = (e @ e.T)[a, b], owner[a] == owner[b]; ok = ~np.isnan(cos)
+    a, b = np.triu_indices(len(e), 1)
+    cos, same = (e @ e.T)[a, b], owner[a] == owner[b]
+    ok = ~np.isnan(cos)
     if not rows or not (same & ok).any() or not (~same & ok).any(): return None, None
     return pd.DataFrame(rows).assign(adherence=np.nan, other=np.nan, state='done'), Calibration(cos[same & ok], cos[~same & ok])
 
@@ -76,17 +79,24 @@ SCORES, SAID = ('likeness', 'other', 'adherence', 'distance'), ('num_inference_s
 
 def summarise(table) -> dict:
     "The row of a result: means over people with half their 95% intervals, shares over pictures. A picture without a face has no likeness and counts in `found`."
-    made = table[table.state == 'done']; means = {k: mean_interval(made[k], made.person) for k in SCORES}; found, low, high = share_interval(made.likeness.notna())
+    made = table[table.state == 'done']
+    means = {k: mean_interval(made[k], made.person) for k in SCORES}
+    found, low, high = share_interval(made.likeness.notna())
     return {k: v for s in SCORES for k, v in ((s, means[s][0]), (f'{s}_half', means[s][1]))} | dict(found=found, found_low=low, found_high=high,
         copies=float(made[made.likeness.notna()].copied.astype(float).mean()), people=made.person.nunique(), pictures=len(made), failed=len(table) - len(made))
 
 # %% ../nbs/15_benchmark.ipynb #236193e4
 def judge_pictures(table, folder, seen, reader, judge):
     "The table of pictures with likeness and `other` by this judge, who looks at their files again."
-    made = table.state == 'done'; files = [Path(folder)/f for f in table[made].file]
-    e = np.concatenate([embed_faces(files[i:i + 32], reader, judge) for i in range(0, len(files), 32)]); people = [seen[n][0] for n in table.person[made]]
-    def other(picture, photos): c = photos[1:] @ picture; return c[~np.isnan(c)].mean() if (~np.isnan(c)).any() else np.nan
-    table.loc[made, 'likeness'] = [a @ p[0] for a, p in zip(e, people)]; table.loc[made, 'other'] = [other(a, p) for a, p in zip(e, people)]
+    made = table.state == 'done'
+    files = [Path(folder)/f for f in table[made].file]
+    e = np.concatenate([embed_faces(files[i:i + 32], reader, judge) for i in range(0, len(files), 32)])
+    people = [seen[n][0] for n in table.person[made]]
+    def other(picture, photos):
+        c = photos[1:] @ picture
+        return c[~np.isnan(c)].mean() if (~np.isnan(c)).any() else np.nan
+    table.loc[made, 'likeness'] = [a @ p[0] for a, p in zip(e, people)]
+    table.loc[made, 'other'] = [other(a, p) for a, p in zip(e, people)]
     return table
 
 def find_reader(model, load) -> FaceReader:
@@ -124,15 +134,19 @@ def benchmark(
     **arguments,     # of `generate`: scale, num_inference_steps ...
 ) -> Benchmark:
     "Likeness, detection rate, prompt adherence and copying of some models on some people, beside what real photographs score. Run again, it makes only what is missing."
-    people, (models, pack) = find_people(people), name_models(models); tiny = pack == 'tiny'
+    people, (models, pack) = find_people(people), name_models(models)
+    tiny = pack == 'tiny'
     for photo in itertools.chain(*people.values()): read_image(photo)   # a broken file is said now, not after an hour
     if num_samples < 1: raise ArgumentError('num_samples must be 1 or more', f'{num_samples}')
-    said = dict(prompt=prompt or (TINY_PROMPT if tiny else PULID_PROMPT)) | arguments; seeds = {str(s): s for s in range(seed, seed + num_samples)}
+    said = dict(prompt=prompt or (TINY_PROMPT if tiny else PULID_PROMPT)) | arguments
+    seeds = {str(s): s for s in range(seed, seed + num_samples)}
     sweep = Sweep(None, dict(model=models, face={n: p[0] for n, p in people.items()}, seed=seeds), said, load=load, judge=judge, scorer='tiny' if tiny and scorer is None else scorer)
     for _ in sweep.run(out, executor, batch_size, progress): pass
     if all(c.state == 'failed' for c in sweep.cells): raise FaceIDError('No picture could be made', sweep.cells[0].error, 'Look at the photographs with FaceReader, and try one call of generate with these arguments')
-    reader = find_reader(next(iter(models.values())), load or {}); judge, name = find_scoring(reader, judge)
-    result = gather(sweep, out, people, models, reader, judge, name); result.settings, result.tiny = dict(num_samples=num_samples, seed=seed) | {k: DEFAULTS[k] for k in SAID} | said, tiny
+    reader = find_reader(next(iter(models.values())), load or {})
+    judge, name = find_scoring(reader, judge)
+    result = gather(sweep, out, people, models, reader, judge, name)
+    result.settings, result.tiny = dict(num_samples=num_samples, seed=seed) | {k: DEFAULTS[k] for k in SAID} | said, tiny
     for file, text in {'benchmark.md': benchmark_table(result), 'benchmark.csv': result.rows.to_csv(index=False), 'pictures.csv': result.pictures.drop(columns='kept').to_csv(index=False)}.items():
         with atomic(Path(out)/file) as part: part.write_text(text, encoding='utf-8')
     return result
@@ -141,12 +155,14 @@ def benchmark(
 def gather(sweep, folder, people, models, reader, judge, name) -> Benchmark:
     "The tables of a sweep over model, face and seed that has run."
     import pandas as pd
-    seen = {n: look_at(p, reader, judge) for n, p in people.items()}; photos, calibration = compare_photographs(people, seen)
+    seen = {n: look_at(p, reader, judge) for n, p in people.items()}
+    photos, calibration = compare_photographs(people, seen)
     table = pd.DataFrame([dict(model=m, person=n, seed=c.parameters['seed'], **{k: getattr(c, k) for k in ('likeness', 'adherence', 'distance', 'state', 'error', 'seconds', 'kept')}, other=np.nan,
                                file=c.file and c.file.relative_to(folder).as_posix()) for (m, n, _), c in zip(itertools.product(models, people, sweep.axes['seed']), sweep.cells)])
     if photos is not None or any(c.judge != name for c in sweep.cells if c.state == 'done'): table = judge_pictures(table, folder, seen, reader, judge)   # an earlier run may have had no judge
     def copied(t): return t.assign(copied=calibration.copies(t.likeness) if calibration else np.nan)
-    table = copied(table); real = None if photos is None else summarise(copied(photos))
+    table = copied(table)
+    real = None if photos is None else summarise(copied(photos))
     rows = pd.DataFrame([dict(model=m, **(row := summarise(table[table.model == m])), share=row['likeness']/real['likeness'] if real else np.nan) for m in models])
     return Benchmark(rows, table, real, calibration, {}, name, False)
 

@@ -261,7 +261,8 @@ def save_checkpoint(
     if path.suffix not in ('.safetensors', '.bin'): raise ArgumentError(f'Cannot write a checkpoint called {path.name}', f'suffix {path.suffix or "none"!r}', 'Call it .safetensors or .bin')
     known = None
     if isinstance(state, Checkpoint):
-        variant = variant or state.variant; known = variant if variant == state.variant else None
+        variant = variant or state.variant
+        known = variant if variant == state.variant else None
         state = {'image_proj': state.image_proj, 'ip_adapter': state.ip_adapter}
     state = {part: {k: t.detach().to('cpu').contiguous() for k, t in state[part].items()} for part in ('image_proj', 'ip_adapter')}
     checked = check_state(state, variant, path.name, recorded=known)
@@ -365,7 +366,8 @@ def split_lora(
     variant=None,
 ):
     "A checkpoint as two files, as the official release has them. Returns both paths. Raises `LoRAError` where there is no LoRA inside."
-    c = read_checkpoint(source, variant); lora = lora_from_checkpoint(c.ip_adapter, processors)
+    c = read_checkpoint(source, variant)
+    lora = lora_from_checkpoint(c.ip_adapter, processors)
     if not lora: raise LoRAError(f'{Path(source).name} has no LoRA inside', f'it is {c.variant}', 'There is nothing to split')
     bare = replace(c, ip_adapter={k: t for k, t in c.ip_adapter.items() if '_lora.' not in k}, lora_rank=0)
     beside = save_lora(lora, lora_target)   # first: `target` may be `source`
@@ -378,7 +380,8 @@ def join_lora(
     "The two as one checkpoint. Returns its path."
     c = read_checkpoint(source, variant)
     if c.lora_rank: raise LoRAError(f'{Path(source).name} has a LoRA already', f'of rank {c.lora_rank}', 'Split it off first')
-    ip = c.ip_adapter | lora_into_checkpoint(read_lora(lora), processors); number = lambda k: int(k.split('.')[0])
+    ip = c.ip_adapter | lora_into_checkpoint(read_lora(lora), processors)
+    number = lambda k: int(k.split('.')[0])
     return save_checkpoint({'image_proj': c.image_proj, 'ip_adapter': {k: ip[k] for k in sorted(ip, key=number)}}, target, c.variant)
 
 # %% ../nbs/05_checkpoint.ipynb #bb02ce63
@@ -393,7 +396,8 @@ def to_diffusers(
     out, mlp = {}, 'proj.net' if 'plus' in checkpoint.variant else 'ff.net'
     for k, t in checkpoint.image_proj.items():
         k = k.removeprefix('perceiver_resampler.').replace('proj.0.', f'{mlp}.0.proj.').replace('proj.2.', f'{mlp}.2.')
-        m = re.match(r'(layers\.\d+)(\..*)', k); tail = m and next((m[2].replace(a, b) for a, b in _RENAMED.items() if m[2].startswith(a)), m[2])
+        m = re.match(r'(layers\.\d+)(\..*)', k)
+        tail = m and next((m[2].replace(a, b) for a, b in _RENAMED.items() if m[2].startswith(a)), m[2])
         if m and '.to_kv.' in tail: out |= {f'{_PROJ}{m[1]}.attn.to_{x}.weight': half for x, half in zip('kv', t.chunk(2))}
         else: out[_PROJ + (m[1] + tail if m else k)] = t
     names = [n.removesuffix('.processor') for n in processors]
@@ -407,16 +411,19 @@ def from_diffusers(
     variant=None,  # needed for Plus and PlusV2: diffusers keeps the shortcut as a switch, not in the tensors
 ) -> Checkpoint:
     "The way back. Raises `CheckpointError`, `BaseModelError`."
-    proj, ip, lora, number = {}, {}, {}, {n.removesuffix('.processor'): i for i, n in enumerate(processors)}; back = {b: a for a, b in _RENAMED.items()}
+    proj, ip, lora, number = {}, {}, {}, {n.removesuffix('.processor'): i for i, n in enumerate(processors)}
+    back = {b: a for a, b in _RENAMED.items()}
     if len(several := {m[1] for k in state if (m := re.match(r'encoder_hid_proj\.image_projection_layers\.(\d+)\.', k))}) > 1:
         raise CheckpointError(f'{len(several)} adapters are loaded in this UNet', 'Their LoRAs cannot be told apart', 'Load one alone')
     if strange := [k for k in state if (m := re.match(r'(.*)\.processor\.to_[kv]_ip\.', k)) and m[1] not in number]:
         raise BaseModelError('The names of the processors are of another UNet', f'They lack {strange[0]}', 'Give list(unet.attn_processors) of the UNet that the tensors are from')
-    plus = any(k.startswith(f'{_PROJ}proj_in.') for k in state); inside = '' if f'{_PROJ}latents' in state else 'perceiver_resampler.'
+    plus = any(k.startswith(f'{_PROJ}proj_in.') for k in state)
+    inside = '' if f'{_PROJ}latents' in state else 'perceiver_resampler.'
     for k, t in state.items():
         if k.startswith(_PROJ):
             k = k.removeprefix(_PROJ).replace('proj.net.' if plus else 'ff.net.', 'proj.', 1) if not k.startswith(f'{_PROJ}layers.') else k.removeprefix(_PROJ)
-            k = k.replace('proj.0.proj.', 'proj.0.'); m = re.match(r'(layers\.\d+)(\..*)', k)
+            k = k.replace('proj.0.proj.', 'proj.0.')
+            m = re.match(r'(layers\.\d+)(\..*)', k)
             if m and re.match(r'\.attn\.to_[kv]\.', m[2]):
                 if '.to_k.' in k: proj[f'{inside}{m[1]}.0.to_kv.weight'] = torch.cat([t, state[_PROJ + k.replace('.to_k.', '.to_v.')]])
             elif m: proj[inside + m[1] + next(m[2].replace(b, a) for b, a in back.items() if m[2].startswith(b))] = t
@@ -424,7 +431,8 @@ def from_diffusers(
         elif m := re.match(r'(.*)\.processor\.to_([kv])_ip\.0\.weight$', k): ip[f'{number[m[1]]}.to_{m[2]}_ip.weight'] = t
         elif m := re.match(r'(.*)\.lora_([AB])\.faceid_\d+\.weight$', k): lora[f'{m[1]}.{dict(A="down", B="up")[m[2]]}'] = t
     if not proj or not ip: raise CheckpointError('No FaceID adapter is loaded in this UNet', f'{len(proj)} tensors of a projection, {len(ip)} of K and V', 'Load one with pipe.load_ip_adapter first')
-    ip |= lora_into_checkpoint(lora, processors); order = lambda k: int(k.split('.')[0])
+    ip |= lora_into_checkpoint(lora, processors)
+    order = lambda k: int(k.split('.')[0])
     return check_state({'image_proj': proj, 'ip_adapter': {k: ip[k] for k in sorted(ip, key=order)}}, variant, 'the UNet', recorded=variant)
 
 # %% ../nbs/05_checkpoint.ipynb #0b865613
@@ -442,7 +450,8 @@ def check_fits(checkpoint: Checkpoint, unet):
     for key, t in checkpoint.ip_adapter.items():
         i, part = int(key.split('.')[0]), key.split('.')[1]
         if i >= len(attns): raise BaseModelError(f'{name} does not fit this base model', f'It has layer {i}, this UNet {len(attns)} attention layers', do)
-        a = attns[i]; inputs = a.query_dim if part == 'to_q_lora' else a.inner_dim if part == 'to_out_lora' else a.cross_attention_dim
+        a = attns[i]
+        inputs = a.query_dim if part == 'to_q_lora' else a.inner_dim if part == 'to_out_lora' else a.cross_attention_dim
         want = t.shape[0], t.shape[1]
         have = (want[0], inputs) if '.down.' in key else (a.out_dim if part == 'to_out_lora' else a.inner_dim, want[1] if '.up.' in key else inputs)
         if want != have: raise BaseModelError(f'{name} does not fit this base model', f'{key} is {want}, this UNet needs {have}', do)

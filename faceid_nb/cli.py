@@ -25,17 +25,21 @@ def write_new(
     name='{:04d}.png',   # the numbered name
 ) -> Path:               # the file that was made
     "Write a file under the next number: never over one that is there, and never half of one."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     pattern = re.compile(re.escape(name).replace(re.escape('{:04d}'), r'(\d+)'))
     number = max([int(m[1]) for p in folder.iterdir() if (m := pattern.fullmatch(p.name))], default=0)
     while True:
-        number += 1; path = folder/name.format(number)
+        number += 1
+        path = folder/name.format(number)
         try: file = open(path, 'xb')
         except FileExistsError: continue
         try:
             with file: file.write(data)
             return path
-        except BaseException: path.unlink(); raise
+        except BaseException:
+            path.unlink()
+            raise
 
 # %% ../nbs/19_cli.ipynb #2d574ba3
 def png_bytes(
@@ -54,7 +58,8 @@ def png_bytes(
 def fit(image, tile):
     "The picture in a square of `tile` pixels: whole-pixel enlargement if it is small, smooth reduction if it is large."
     from PIL import Image
-    image = image.convert('RGB'); factor = tile // max(image.size)
+    image = image.convert('RGB')
+    factor = tile // max(image.size)
     if factor: image = image.resize((image.width*factor, image.height*factor), Image.Resampling.NEAREST)
     else: image.thumbnail((tile, tile), Image.Resampling.LANCZOS)
     square = Image.new('RGB', (tile, tile), 'white')
@@ -77,7 +82,8 @@ def contact_sheet(
     width, step = columns*(tile + 12) + 12, tile + 16 + high
     lines = wrap(title, int(width/7.2)) if title else []
     rows = -(-len(cells)//columns)
-    sheet = Image.new('RGB', (width, 12 + rows*step + 20*len(lines)), 'white'); draw = ImageDraw.Draw(sheet)
+    sheet = Image.new('RGB', (width, 12 + rows*step + 20*len(lines)), 'white')
+    draw = ImageDraw.Draw(sheet)
     for i, (image, caption) in enumerate(cells):
         x, y = 12 + i % columns*(tile + 12), 12 + i//columns*step
         sheet.paste(fit(image, tile), (x, y))
@@ -92,18 +98,23 @@ def say(*parts): print(*parts, file=sys.stderr, flush=True)
 @contextlib.contextmanager
 def quiet(on=True):
     "Libraries keep their warnings and chatter to themselves."
-    if not on: yield; return
+    if not on:
+        yield
+        return
     import logging, warnings
-    os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error'); os.environ.setdefault('DIFFUSERS_VERBOSITY', 'error')
+    os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
+    os.environ.setdefault('DIFFUSERS_VERBOSITY', 'error')
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter('ignore'); logging.disable(logging.WARNING)
+        warnings.simplefilter('ignore')
+        logging.disable(logging.WARNING)
         try: yield
         finally: logging.disable(logging.NOTSET)
 
 def no_loading_bars():
     "Libraries show no bar for reading files from the disk; downloads keep theirs."
     import diffusers, transformers
-    diffusers.utils.logging.disable_progress_bar(); transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 # %% ../nbs/19_cli.ipynb #511fc810
 def choose(
@@ -139,7 +150,9 @@ def find_scorer(reader):
     "The judge that scores; where there is none, False: the recogniser that also steers, which flatters, and that is said."
     from faceid_nb.measure import find_judge
     try: return find_judge(reader)
-    except FaceIDError as e: say(f'No second recogniser: likeness is measured by the one that steers, which flatters. {e.do}'); return False
+    except FaceIDError as e:
+        say(f'No second recogniser: likeness is measured by the one that steers, which flatters. {e.do}')
+        return False
 
 def check_out(args):
     if Path(args.out).exists() and not Path(args.out).is_dir(): raise ArgumentError('--out must name a folder', f'{args.out} is a file', 'Choose another name')
@@ -187,7 +200,8 @@ def report(done, sheet):
 def in_worker():
     "What a worker process does first: it learns to end without a word."
     import signal, warnings
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130)); warnings.simplefilter('ignore')
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    warnings.simplefilter('ignore')
 
 def executor(args):
     "None: here; otherwise a function that makes a pool of processes."
@@ -202,7 +216,8 @@ def with_bar(args): return not args.quiet and sys.stderr.isatty()
 def grid(args):
     "What was asked for, as a `Sweep` whose axes are the arguments with several values."
     from faceid_nb.sweep import Sweep
-    names = [Path(p).stem for p in args.photos]; names = names if len(set(names)) == len(names) else args.photos
+    names = [Path(p).stem for p in args.photos]
+    names = names if len(set(names)) == len(names) else args.photos
     if len(set(names)) < len(names): raise ArgumentError('A photograph is given twice', ', '.join(sorted({n for n in names if names.count(n) > 1})), 'Leave one out')
     given = dict(model=args.model, face=dict(zip(names, args.photos)), prompt=args.prompt, negative_prompt=[args.negative_prompt], guidance_scale=args.guidance_scale,
                  num_inference_steps=args.steps, scale=args.scale, s_scale=args.s_scale, seed={str(s): s for s in args.seed})
@@ -216,7 +231,8 @@ def sweep(args):
     with quiet(not args.debug):
         from faceid_nb.face import read_image
         for photo in args.photos: read_image(photo)  # a bad file is said before anything is loaded
-        asked = grid(args); no_loading_bars()
+        asked = grid(args)
+        no_loading_bars()
     try:
         with quiet(not args.debug):
             for _ in asked.run(args.out, executor(args), args.batch, with_bar(args)): pass
@@ -229,7 +245,8 @@ SHORT, SHEET = dict(guidance_scale='guidance', num_inference_steps='steps', face
 
 def print_table(head, rows):
     "Columns under each other, numbers to the right."
-    wide = [max(len(r[i]) for r in (head, *rows)) for i in range(len(head))]; left = [any(not re.match(r'[\d.-]+$|no face$', r[i]) for r in rows) for i in range(len(head))]
+    wide = [max(len(r[i]) for r in (head, *rows)) for i in range(len(head))]
+    left = [any(not re.match(r'[\d.-]+$|no face$', r[i]) for r in rows) for i in range(len(head))]
     for r in (head, *rows): print('  '.join(f'{v:{"<" if l else ">"}{w}}' for v, w, l in zip(r, wide, left)).rstrip())
 
 def labels(cell, varies, args):
@@ -240,17 +257,21 @@ def report_sweep(asked, args):
     "The table on the screen and in table.csv, and the contact sheets."
     from faceid_nb.checkpoint import atomic
     from faceid_nb.sweep import read_table
-    varies = [k for k, v in asked.axes.items() if len(v) > 1] or ['seed']; cells = [c for c in asked.cells if c.state != 'waiting']
+    varies = [k for k, v in asked.axes.items() if len(v) > 1] or ['seed']
+    cells = [c for c in asked.cells if c.state != 'waiting']
     number = lambda x: '-' if math.isnan(x) else f'{x:.3f}'
     rows = [[*labels(c, varies, args).values(), *(('-',)*3 if c.state == 'failed' else (shown(c.likeness), number(c.distance), number(c.adherence))), 'there already' if c.kept else c.state] for c in cells]
     if 'prompt' in varies: print('\n'.join(f'prompt {i}: {p}' for i, p in enumerate(args.prompt, 1)))
     print_table([*labels(cells[0], varies, args), 'likeness', 'distance', 'adherence', 'state'], rows)
-    failed = [c for c in cells if c.state == 'failed']; kept = sum(c.kept for c in cells)
+    failed = [c for c in cells if c.state == 'failed']
+    kept = sum(c.kept for c in cells)
     print(f"{len(cells) - len(failed)} of {len(asked.cells)} pictures are in {Path(args.out)/'pictures'}, {kept} of them from before; {len(failed)} failed")
     for error in dict.fromkeys(c.error for c in failed):
-        same = [c for c in failed if c.error == error]; print(f"failed: {', '.join(f'{k} {v}' for k, v in labels(same[0], varies, args).items())}{f' and {len(same) - 1} more' if same[1:] else ''}: {error}")
+        same = [c for c in failed if c.error == error]
+        print(f"failed: {', '.join(f'{k} {v}' for k, v in labels(same[0], varies, args).items())}{f' and {len(same) - 1} more' if same[1:] else ''}: {error}")
     if any(c.judge == 'steering recogniser' for c in cells): print('No second recogniser: likeness is measured by the one that steers, which flatters.')
-    table = read_table(args.out); table['image'] = [None if f is None else f.relative_to(args.out).as_posix() for f in table.image]
+    table = read_table(args.out)
+    table['image'] = [None if f is None else f.relative_to(args.out).as_posix() for f in table.image]
     with atomic(Path(args.out)/'table.csv') as part: table.to_csv(part, index=False)
     print(f"table: {Path(args.out)/'table.csv'}")
     for sheet, note in sweep_sheets(cells, varies, args): print(f'contact sheet: {sheet}{note}')
@@ -260,9 +281,11 @@ def sweep_sheets(cells, varies, args):
     from textwrap import fill
     from PIL import Image
     from faceid_nb.face import read_image
-    title = args.prompt[0] if len(args.prompt) == 1 else '; '.join(f'prompt {i}: {p}' for i, p in enumerate(args.prompt, 1)); own = [k for k in varies if k != 'face']
+    title = args.prompt[0] if len(args.prompt) == 1 else '; '.join(f'prompt {i}: {p}' for i, p in enumerate(args.prompt, 1))
+    own = [k for k in varies if k != 'face']
     for photo in args.photos:
-        made = [c for c in cells if c.state == 'done' and c.arguments['face'] == photo]; some = made[:SHEET]
+        made = [c for c in cells if c.state == 'done' and c.arguments['face'] == photo]
+        some = made[:SHEET]
         if not made: continue
         captions = [fill(', '.join(f'{k}\xa0{v}' for k, v in labels(c, own, args).items()), 26).replace('\xa0', ' ') + f'\nlikeness {shown(c.likeness)}' for c in some]   # a name stays with its value
         data = png_bytes(contact_sheet(Image.fromarray(read_image(photo)), [c.image for c in some], captions, title), photo=Path(photo).name, prompt=title)
@@ -277,7 +300,8 @@ def benchmark(args):
         no_loading_bars()
         result = benchmark(args.model, args.folder, args.out, prompt=args.prompt, num_samples=args.samples, seed=args.seed, load=dict(device=args.device), executor=executor(args), batch_size=args.batch,
                            progress=with_bar(args), num_inference_steps=args.steps, guidance_scale=args.guidance_scale, scale=args.scale)
-    print(benchmark_table(result)); print(', '.join(str(Path(args.out)/f) for f in ('benchmark.md', 'benchmark.csv', 'pictures.csv')))
+    print(benchmark_table(result))
+    print(', '.join(str(Path(args.out)/f) for f in ('benchmark.md', 'benchmark.csv', 'pictures.csv')))
     return 0
 
 # %% ../nbs/19_cli.ipynb #756d3bf5
@@ -304,12 +328,17 @@ def notebook_source() -> Path:
 
 def copy_notebooks(to) -> tuple:  # (files copied, files that were there)
     "Copy the notebooks and their pictures; leave alone what exists."
-    source, to = notebook_source(), Path(to); new = old = 0
+    source, to = notebook_source(), Path(to)
+    new = old = 0
     for path in sorted(p for kind in ('*.ipynb', '*.png', '*.jpg') for p in source.rglob(kind)):
         name = path.relative_to(source)
         if any(part[0] in '._' for part in name.parts): continue
-        if (to/name).exists(): old += 1; continue
-        (to/name).parent.mkdir(parents=True, exist_ok=True); (to/name).write_bytes(path.read_bytes()); new += 1
+        if (to/name).exists():
+            old += 1
+            continue
+        (to/name).parent.mkdir(parents=True, exist_ok=True)
+        (to/name).write_bytes(path.read_bytes())
+        new += 1
     return new, old
 
 # %% ../nbs/19_cli.ipynb #7fa8bd04
@@ -371,7 +400,9 @@ def look_at_opencv():
     "Findings about OpenCV: does it load, are there two."
     wheels = [n for n in ('opencv-python', 'opencv-python-headless', 'opencv-contrib-python', 'opencv-contrib-python-headless') if installed(n)]
     try: import cv2
-    except ImportError as e: yield 'missing', f'OpenCV does not load: {e}', NO_LIBGL; return
+    except ImportError as e:
+        yield 'missing', f'OpenCV does not load: {e}', NO_LIBGL
+        return
     yield 'ok', f"OpenCV {cv2.__version__} from {' and '.join(wheels) or 'a build of its own'}", ''
     if len({installed(n) for n in wheels}) > 1: yield 'warn', 'OpenCV wheels of different versions share one folder', f"pip uninstall -y {' '.join(wheels)} && pip install opencv-python"
 
@@ -431,7 +462,8 @@ def number(kind, low, high=math.inf):
 def several(one):
     "An argparse type: values that `one` takes, separated by commas."
     def parse(text):
-        values = [one(part.strip()) for part in text.split(',')]; twice = [v for v in values if values.count(v) > 1]
+        values = [one(part.strip()) for part in text.split(',')]
+        twice = [v for v in values if values.count(v) > 1]
         if twice: raise argparse.ArgumentTypeError(f'{text!r} has {twice[0]} more than once')
         return values
     return parse
@@ -548,9 +580,13 @@ def main(argv=None) -> int:
     "Entry point of `faceid-nb`: the exit code."
     args = make_parser().parse_args(argv)
     try: return args.run(args)
-    except KeyboardInterrupt: say('\nfaceid-nb: stopped; files that were finished are kept'); return 130
+    except KeyboardInterrupt:
+        say('\nfaceid-nb: stopped; files that were finished are kept')
+        return 130
     except Exception as e:
         code, text = explain(e)
-        if args.debug: import traceback; traceback.print_exc()
+        if args.debug:
+            import traceback
+            traceback.print_exc()
         say(f'faceid-nb: {text}')
         return code

@@ -24,7 +24,8 @@ class Tile(anywidget.AnyWidget):
     side, ratio = T.Int(96).tag(sync=True), T.Float(1.).tag(sync=True)   # width in pixels; height over width
     clickable, chosen, dim = T.Bool(False).tag(sync=True), T.Bool(False).tag(sync=True), T.Bool(False).tag(sync=True)
     def __init__(self, image=None, on_click=None, on_point=None, **traits):   # on_click(), or on_point(x, y) with a place in the picture, 0..1
-        super().__init__(**traits, clickable=bool(on_click or on_point)); self.show(image)
+        super().__init__(**traits, clickable=bool(on_click or on_point))
+        self.show(image)
         if self.clickable: self.on_msg(lambda _, content, buffers: on_point(content['x'], content['y']) if on_point else on_click())
     def show(self, image):
         "Another picture (PIL), or none."
@@ -75,14 +76,16 @@ def encode(image, side=None) -> bytes:
     "A picture as the browser takes it: PNG where it is small, JPEG where it is a photograph."
     image, data = image.convert('RGB'), io.BytesIO()
     if side: image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    image.save(data, **dict(format='PNG') if max(image.size) <= 256 else dict(format='JPEG', quality=90)); return data.getvalue()
+    image.save(data, **dict(format='PNG') if max(image.size) <= 256 else dict(format='JPEG', quality=90))
+    return data.getvalue()
 
 # %% ../nbs/17_dashboard.ipynb #c6175da2
 class Drop(anywidget.AnyWidget):
     "A place where picture files are dropped, and a button that opens the file dialogue: `on_file(name, bytes)` for each."
     label = T.Unicode('Drop photographs here, or click to choose').tag(sync=True)
     def __init__(self, on_file, on_problem=lambda text: None, **traits):
-        super().__init__(**traits); self.on_msg(lambda _, content, buffers: on_file(content['name'], bytes(buffers[0])) if buffers else on_problem(content['problem']))
+        super().__init__(**traits)
+        self.on_msg(lambda _, content, buffers: on_file(content['name'], bytes(buffers[0])) if buffers else on_problem(content['problem']))
     _esm = """
 const LINE = 4e6, SIDE = 2048;   // bytes that are sent as they are; pixels of what is made smaller
 async function smaller(file) {
@@ -146,16 +149,24 @@ def close_all(widget):
 
 class View(W.VBox):
     "A box that remembers what it watches."
-    def __init__(self, studio, children=(), **more): self.studio, self._undo = studio, []; super().__init__(children, **more)
+    def __init__(self, studio, children=(), **more):
+        self.studio, self._undo = studio, []
+        super().__init__(children, **more)
     def watch(self, owner, names, show):
         "Call `show()` now, and whenever one of the traits changes."
-        heard = lambda change: self.act(show); owner.observe(heard, names); self._undo.append(lambda: owner.unobserve(heard, names)); show()
+        heard = lambda change: self.act(show)
+        owner.observe(heard, names)
+        self._undo.append(lambda: owner.unobserve(heard, names))
+        show()
     def link(self, name, widget, owner=None): self._undo.append(T.link((owner or self.studio, name), (widget, 'value')).unlink)
     def act(self, f):
         "f(), and what goes wrong becomes the studio's error."
         try: return f()
         except Exception as e: self.studio.worker.error = str(e) or type(e).__name__
-    def button(self, text, f, tip, **more): b = W.Button(description=text, tooltip=tip, **more); b.on_click(lambda _: self.act(f)); return b
+    def button(self, text, f, tip, **more):
+        b = W.Button(description=text, tooltip=tip, **more)
+        b.on_click(lambda _: self.act(f))
+        return b
     def close(self):
         for undo in self._undo: undo()
         self._undo = []
@@ -164,14 +175,18 @@ class View(W.VBox):
 
 def replace(box, children):
     "Give a box other children, and close those that went."
-    gone = [c for c in box.children if not any(c is k for k in children)]; box.children = tuple(children)
+    gone = [c for c in box.children if not any(c is k for k in children)]
+    box.children = tuple(children)
     for c in gone: close_all(c)
 
 WIDE, NAMED = '330px', dict(description_width='90px')
 def number(view, name, label, tip, step=None):
     "A slider with a number to type, linked to a trait of the studio. It acts when it is let go."
-    low, high = RANGES[name]; whole = isinstance(getattr(view.studio, name), int)
-    slider = (W.IntSlider if whole else W.FloatSlider)(min=low, max=high, step=step or (1 if whole else .05), description=label, tooltip=tip, continuous_update=False, style=dict(NAMED), layout=dict(width=WIDE)); view.link(name, slider); return slider
+    low, high = RANGES[name]
+    whole = isinstance(getattr(view.studio, name), int)
+    slider = (W.IntSlider if whole else W.FloatSlider)(min=low, max=high, step=step or (1 if whole else .05), description=label, tooltip=tip, continuous_update=False, style=dict(NAMED), layout=dict(width=WIDE))
+    view.link(name, slider)
+    return slider
 
 def visible(widget, yes): widget.layout.display = None if yes else 'none'
 
@@ -180,23 +195,37 @@ class Status(View):
     "Errors, notes, progress and the machine."
     def __init__(self, studio):
         self.wrong, self.note, self.bar, self.told, self.machine = W.HTML(), W.HTML(), W.IntProgress(min=0, max=1, layout=dict(width='220px')), W.HTML(), W.HTML()
-        super().__init__(studio, layout=dict(width='100%')); free = self.button('release memory', studio.release, 'let go of the model; the next generation loads it again', layout=dict(width='140px'))
+        super().__init__(studio, layout=dict(width='100%'))
+        free = self.button('release memory', studio.release, 'let go of the model; the next generation loads it again', layout=dict(width='140px'))
         self.children = [self.wrong, W.HBox([self.bar, self.told]), self.note, W.HBox([self.machine, free], layout=dict(flex_flow='row wrap', align_items='center'))]
-        self.watch(studio.worker, ['error', 'busy'], self._wrong); self.watch(studio, ['step', 'steps', 'status', 'seconds_left'], self._progress); self.watch(studio.worker, ['busy'], self._progress); self.watch(studio, ['device', 'memory', 'provider', 'folder'], self._machine); self.watch(studio, ['note'], self._note)
-    def _wrong(self): e = self.studio.error; self.wrong.value = f'<div role="alert" style="border-left:4px solid #D55E00;padding:4px 8px;line-height:1.4">{html.escape(e)}</div>' if e else ''
+        self.watch(studio.worker, ['error', 'busy'], self._wrong)
+        self.watch(studio, ['step', 'steps', 'status', 'seconds_left'], self._progress)
+        self.watch(studio.worker, ['busy'], self._progress)
+        self.watch(studio, ['device', 'memory', 'provider', 'folder'], self._machine)
+        self.watch(studio, ['note'], self._note)
+    def _wrong(self):
+        e = self.studio.error
+        self.wrong.value = f'<div role="alert" style="border-left:4px solid #D55E00;padding:4px 8px;line-height:1.4">{html.escape(e)}</div>' if e else ''
     def _note(self): self.note.value = f'<div role="status" style="line-height:1.4">{html.escape(self.studio.note)}</div>' if self.studio.note else ''
     def _progress(self):
-        s = self.studio; self.bar.max, self.bar.value = max(s.steps, 1), min(s.step, max(s.steps, 1)); left = '' if math.isnan(s.seconds_left) or not s.seconds_left else f', {s.seconds_left:.0f} s left'
+        s = self.studio
+        self.bar.max, self.bar.value = max(s.steps, 1), min(s.step, max(s.steps, 1))
+        left = '' if math.isnan(s.seconds_left) or not s.seconds_left else f', {s.seconds_left:.0f} s left'
         self.told.value = f'<span role="status">{html.escape(s.status)}{f", step {s.step} of {s.steps}{left}" if s.busy and s.step else ""}</span>'
-    def _machine(self): s = self.studio; self.machine.value = f'<small>{html.escape(f"{s.device} | memory {s.memory} | faces: {s.provider} | files go into {s.folder}/")}</small>'
+    def _machine(self):
+        s = self.studio
+        self.machine.value = f'<small>{html.escape(f"{s.device} | memory {s.memory} | faces: {s.provider} | files go into {s.folder}/")}</small>'
 
 # %% ../nbs/17_dashboard.ipynb #536904bf
 class Controls(View):
     "Photographs, model, prompt and knobs: everything that a generation is given."
     def __init__(self, studio):
-        super().__init__(studio, layout=dict(width='350px', min_width='350px')); s, area = studio, dict(style=dict(NAMED), layout=dict(width=WIDE))
-        self.drop = Drop(lambda name, data: self.act(lambda: s.receive(name, data)), lambda text: s.worker.set_trait('error', text)); self.drawn = self.button('a drawn person', s.draw_person, 'add a face that no model of the tiny pack has seen', layout=dict(width='130px'))
-        self.apart = W.Checkbox(description='each is another person', indent=False, layout=dict(width='190px'), tooltip='make pictures of every photograph instead of one person in several photographs'); self.photos = W.HBox(layout=dict(flex_flow='row wrap'))
+        super().__init__(studio, layout=dict(width='350px', min_width='350px'))
+        s, area = studio, dict(style=dict(NAMED), layout=dict(width=WIDE))
+        self.drop = Drop(lambda name, data: self.act(lambda: s.receive(name, data)), lambda text: s.worker.set_trait('error', text))
+        self.drawn = self.button('a drawn person', s.draw_person, 'add a face that no model of the tiny pack has seen', layout=dict(width='130px'))
+        self.apart = W.Checkbox(description='each is another person', indent=False, layout=dict(width='190px'), tooltip='make pictures of every photograph instead of one person in several photographs')
+        self.photos = W.HBox(layout=dict(flex_flow='row wrap'))
         self.used = W.IntSlider(min=0, max=1, description='photographs', tooltip='how many photographs Portrait reads; 0: all', continuous_update=False, **area)
         self.model = W.Dropdown(options=[(f'{n}{"" if all(p.here for p in parts_needed(n)) else " (download)"}', n) for n in MODELS], description='model', tooltip='which weights draw the picture', **area)
         self.about, self.download = W.HTML(layout=dict(width=WIDE)), W.Checkbox(description='allow the download', indent=False, tooltip='fetch what is missing from the hub when generating')
@@ -206,38 +235,66 @@ class Controls(View):
         self.dice, self.lock = self.button('', s.roll, 'another seed', icon='random', layout=dict(width='36px')), W.Checkbox(description='keep it', indent=False, layout=dict(width='80px'), tooltip='do not draw another seed for each generation')
         for name, w in dict(model=self.model, prompt=self.prompt, negative_prompt=self.negative, seed=self.seed, seed_locked=self.lock, side_by_side=self.apart, download=self.download, num_photographs=self.used).items(): self.link(name, w)
         self.children = [self.drop, W.HBox([self.drawn, self.apart]), self.photos, self.used, self.model, self.about, self.download, self.prompt, self.negative, *self.knobs.values(), W.HBox([self.seed, self.dice, self.lock])]
-        self.watch(s, ['photographs'], self._photos); self.watch(s, ['model'], self._model); self.watch(s, ['photographs', 'model', 'side_by_side'], self._several)
+        self.watch(s, ['photographs'], self._photos)
+        self.watch(s, ['model'], self._model)
+        self.watch(s, ['photographs', 'model', 'side_by_side'], self._several)
     def _photos(self):
-        there = {b.key: b for b in self.photos.children}; replace(self.photos, [there.get((id(p), id(p.faces))) or self._photo(p) for p in self.studio.photographs])
+        there = {b.key: b for b in self.photos.children}
+        replace(self.photos, [there.get((id(p), id(p.faces))) or self._photo(p) for p in self.studio.photographs])
         for p, box in zip(self.studio.photographs, self.photos.children):
             if box.choice: box.choice.value = p.chosen
     def _photo(self, photo):
         from faceid_nb.face import draw_faces
-        faces = f'{len(photo.faces)} faces' if len(photo.faces) > 1 else 'one face'; several = len(photo.faces) > 1
-        def point(x, y): h, w = photo.faces[0].image.shape[:2]; return self.act(lambda: self.studio.choose_at(photo, x*w, y*h))
+        faces = f'{len(photo.faces)} faces' if len(photo.faces) > 1 else 'one face'
+        several = len(photo.faces) > 1
+        def point(x, y):
+            h, w = photo.faces[0].image.shape[:2]
+            return self.act(lambda: self.studio.choose_at(photo, x*w, y*h))
         parts = [Tile(draw_faces(photo.faces[0].image, photo.faces), on_point=point if several else None, side=100, alt=f'{photo.name}, {faces}', caption=photo.name[:28], tip='click on a face to choose it' if several else '')]
         choice = None
         if several:
             choice = W.ToggleButtons(options=[(str(i), i) for i in range(len(photo.faces))], value=photo.chosen, tooltips=[f'face number {i}' for i in range(len(photo.faces))], style=dict(button_width='30px'))
-            choice.observe(lambda change: self.act(lambda: self.studio.choose(photo, change.new)), 'value'); parts.append(choice)
-        box = W.VBox([*parts, self.button('remove', lambda: self.studio.remove(photo), f'remove {photo.name}', layout=dict(width='80px'))], layout=dict(align_items='center')); box.key, box.choice = (id(photo), id(photo.faces)), choice; return box
+            choice.observe(lambda change: self.act(lambda: self.studio.choose(photo, change.new)), 'value')
+            parts.append(choice)
+        box = W.VBox([*parts, self.button('remove', lambda: self.studio.remove(photo), f'remove {photo.name}', layout=dict(width='80px'))], layout=dict(align_items='center'))
+        box.key, box.choice = (id(photo), id(photo.faces)), choice
+        return box
     def _model(self):
-        s, here = self.studio, all(p.here for p in parts_needed(self.studio.model)); self.about.value = f'<div style="line-height:1.3;margin-left:94px"><small>{html.escape(describe_model(s.model))}</small></div>'
-        visible(self.knobs['s_scale'], s.has_structure); visible(self.download, not here); self.act(s.look)
-    def _several(self): n = len(self.studio.photographs); self.used.max = max(n, 1); visible(self.used, self.studio.several and n > 1 and not self.studio.side_by_side); visible(self.apart, n > 1)
+        s, here = self.studio, all(p.here for p in parts_needed(self.studio.model))
+        self.about.value = f'<div style="line-height:1.3;margin-left:94px"><small>{html.escape(describe_model(s.model))}</small></div>'
+        visible(self.knobs['s_scale'], s.has_structure)
+        visible(self.download, not here)
+        self.act(s.look)
+    def _several(self):
+        n = len(self.studio.photographs)
+        self.used.max = max(n, 1)
+        visible(self.used, self.studio.several and n > 1 and not self.studio.side_by_side)
+        visible(self.apart, n > 1)
 
 # %% ../nbs/17_dashboard.ipynb #c8b98afd
 class Panel(View):
     "A tab: buttons that begin and stop the studio's work, and what came of it."
     def start(self, text, f, tip, **more):
         "A button that begins work: it cannot be pressed while something is at work."
-        b = self.button(text, f, tip, button_style='primary', icon='play', **{'layout': dict(width='110px'), **more}); self.watch(self.studio.worker, ['busy'], lambda: b.set_trait('disabled', self.studio.busy)); return b
-    def halt(self): b = self.button('Stop', self.studio.stop, 'end after this step; what is finished is kept', icon='stop', layout=dict(width='80px')); self.watch(self.studio.worker, ['busy'], lambda: b.set_trait('disabled', not self.studio.busy)); return b
-    def save(self, portrait): path = self.studio.save(portrait); self.studio.note = f'saved as {path}'; return path
+        b = self.button(text, f, tip, button_style='primary', icon='play', **{'layout': dict(width='110px'), **more})
+        self.watch(self.studio.worker, ['busy'], lambda: b.set_trait('disabled', self.studio.busy))
+        return b
+    def halt(self):
+        b = self.button('Stop', self.studio.stop, 'end after this step; what is finished is kept', icon='stop', layout=dict(width='80px'))
+        self.watch(self.studio.worker, ['busy'], lambda: b.set_trait('disabled', not self.studio.busy))
+        return b
+    def save(self, portrait):
+        path = self.studio.save(portrait)
+        self.studio.note = f'saved as {path}'
+        return path
 
 def look_at(face):
     "What is around a face in its photograph, as PIL."
-    image = Image.fromarray(face.image); x0, y0, x1, y1 = map(float, face.box); r = max(x1 - x0, y1 - y0); x, y = (x0 + x1)/2, (y0 + y1)/2; around = max(x - r, 0), max(y - 1.1*r, 0), min(x + r, image.width), min(y + .9*r, image.height)
+    image = Image.fromarray(face.image)
+    x0, y0, x1, y1 = map(float, face.box)
+    r = max(x1 - x0, y1 - y0)
+    x, y = (x0 + x1)/2, (y0 + y1)/2
+    around = max(x - r, 0), max(y - 1.1*r, 0), min(x + r, image.width), min(y + .9*r, image.height)
     return image.crop([round(v) for v in around])
 
 def say_likeness(p): return 'no face found' if math.isnan(p.likeness) else f'likeness {p.likeness:.2f}'
@@ -246,27 +303,51 @@ def say_results(p): return 'no face' if math.isnan(p.likeness) else f'{p.likenes
 class PortraitPanel(Panel):
     "Previews, the gallery, and portraits side by side."
     def __init__(self, studio, most=24):
-        super().__init__(studio); s, wrap = studio, dict(flex_flow='row wrap'); self.most, self._boxes = most, {}
-        self.go, self.stop = self.start('Generate', s.generate, 'make portraits'), self.halt(); self.best = W.Checkbox(description='best first', indent=False, layout=dict(width='95px'), tooltip='order by likeness'); self.all = W.Checkbox(description='save all', indent=False, layout=dict(width='82px'), tooltip='write every portrait into the folder as it is finished'); self.link('best_first', self.best); self.link('save_all', self.all)
-        self.forget = self.button('clear', s.clear, 'forget the portraits that are not kept', layout=dict(width='58px')); self.more = self.button('show more', lambda: self._more(), 'show older portraits')
-        self.preview, self.beside, self.gallery, self.code, self.hint = W.HBox(layout=dict(wrap)), W.VBox(), W.HBox(layout=dict(wrap)), Code(), W.HTML('<p>Add a photograph at the left, write what the picture shall show, press Generate.</p>'); self.preview.add_class('faceid-preview'); self.gallery.add_class('faceid-gallery'); self.beside.add_class('faceid-beside')
+        super().__init__(studio)
+        s, wrap = studio, dict(flex_flow='row wrap')
+        self.most, self._boxes = most, {}
+        self.go, self.stop = self.start('Generate', s.generate, 'make portraits'), self.halt()
+        self.best = W.Checkbox(description='best first', indent=False, layout=dict(width='95px'), tooltip='order by likeness')
+        self.all = W.Checkbox(description='save all', indent=False, layout=dict(width='82px'), tooltip='write every portrait into the folder as it is finished')
+        self.link('best_first', self.best)
+        self.link('save_all', self.all)
+        self.forget = self.button('clear', s.clear, 'forget the portraits that are not kept', layout=dict(width='58px'))
+        self.more = self.button('show more', lambda: self._more(), 'show older portraits')
+        self.preview, self.beside, self.gallery, self.code, self.hint = W.HBox(layout=dict(wrap)), W.VBox(), W.HBox(layout=dict(wrap)), Code(), W.HTML('<p>Add a photograph at the left, write what the picture shall show, press Generate.</p>')
+        self.preview.add_class('faceid-preview')
+        self.gallery.add_class('faceid-gallery')
+        self.beside.add_class('faceid-beside')
         self.children = [W.HBox([self.go, self.stop, self.best, self.all, self.forget], layout=dict(wrap)), self.hint, self.preview, self.beside, self.gallery, self.more, self.code]
-        self.watch(s, ['preview'], self._preview); self.watch(s, ['portraits', 'best_first'], self._portraits); self.watch(s, ['compared'], self._compared)
+        self.watch(s, ['preview'], self._preview)
+        self.watch(s, ['portraits', 'best_first'], self._portraits)
+        self.watch(s, ['compared'], self._compared)
     def _preview(self):
         seen = self.studio.preview[:8]
         if len(seen) != len(self.preview.children): replace(self.preview, [Tile(side=96, alt='preview', dim=True) for _ in seen])
         for tile, image in zip(self.preview.children, seen): tile.show(image)
-    def _more(self): self.most += 24; self._portraits()
+    def _more(self):
+        self.most += 24
+        self._portraits()
     def _portraits(self):
-        shown = self.studio.shown[:self.most]; self._boxes = {id(p): self._boxes.get(id(p)) or self._box(p) for p in shown}; replace(self.gallery, list(self._boxes.values())); visible(self.hint, not shown); visible(self.more, len(self.studio.portraits) > self.most)
+        shown = self.studio.shown[:self.most]
+        self._boxes = {id(p): self._boxes.get(id(p)) or self._box(p) for p in shown}
+        replace(self.gallery, list(self._boxes.values()))
+        visible(self.hint, not shown)
+        visible(self.more, len(self.studio.portraits) > self.most)
     def _box(self, p):
         tile = Tile(p.image, on_click=lambda: self.act(lambda: self.studio.compare(p, not any(c is p for c in self.studio.compared))), side=168, alt=f'portrait of {p.person}, {say_likeness(p)}', caption=f'{say_likeness(p)}\nseed {p.settings["seed"]}, {p.person[:24]}', tip='click to put it beside others')
-        keep = W.ToggleButton(p.kept, description='keep', tooltip='it stays when the others are cleared away', layout=dict(width='54px')); keep.observe(lambda change: self.studio.keep(p, change.new), 'value'); small = dict(layout=dict(width='54px'))
-        box = W.VBox([tile, W.HBox([keep, self.button('save', lambda: self.save(p), 'write a PNG with its settings', **small), self.button('code', lambda: self.code.set_trait('text', self.studio.code(p)), 'the Python that makes it', **small)])], layout=dict(align_items='center')); box.portrait = p; return box
+        keep = W.ToggleButton(p.kept, description='keep', tooltip='it stays when the others are cleared away', layout=dict(width='54px'))
+        keep.observe(lambda change: self.studio.keep(p, change.new), 'value')
+        small = dict(layout=dict(width='54px'))
+        box = W.VBox([tile, W.HBox([keep, self.button('save', lambda: self.save(p), 'write a PNG with its settings', **small), self.button('code', lambda: self.code.set_trait('text', self.studio.code(p)), 'the Python that makes it', **small)])], layout=dict(align_items='center'))
+        box.portrait = p
+        return box
     def _compared(self):
         s, chosen = self.studio, self.studio.compared
         for box in self.gallery.children: box.children[0].chosen = any(box.portrait is c for c in chosen)
-        if not chosen: replace(self.beside, []); return
+        if not chosen:
+            replace(self.beside, [])
+            return
         tiles = [Tile(look_at(chosen[-1].face), side=144, alt=f'photograph of {chosen[-1].person}', caption=f'photograph\n{chosen[-1].person[:28]}'), *(Tile(p.image, side=144, alt=f'portrait of {p.person}, {say_likeness(p)}', caption=say_likeness(p)) for p in chosen)]
         rows = ''.join(f'<tr><th scope="row" style="text-align:left;padding-right:12px">{html.escape(k)}</th>' + ''.join(f'<td style="padding-right:16px">{html.escape(str(v))}</td>' for v in values) + '</tr>' for k, values in s.differences().items())
         replace(self.beside, [W.HBox(tiles, layout=dict(flex_flow='row wrap')), W.HTML(f'<table style="line-height:1.5">{rows}</table>'), self.button('put away', lambda: s.set_trait('compared', []), 'close the comparison')])
@@ -278,53 +359,87 @@ def show_figure(tile, make):
     "The matplotlib figure that `make()` returns, into a tile."
     data = io.BytesIO()
     with _drawing: make().savefig(data, format='png', dpi=200)   # twice what is shown, for sharp letters
-    image = Image.open(data); tile.side, tile.ratio, tile.image = min(tile.side, image.width//2), image.height/image.width, data.getvalue()
+    image = Image.open(data)
+    tile.side, tile.ratio, tile.image = min(tile.side, image.width//2), image.height/image.width, data.getvalue()
 
 class GridPanel(Panel):
     "The grid, its curves, and one cell enlarged."
     def __init__(self, studio, grid=None):
-        super().__init__(studio); self.grid = g = grid or Grid(studio); self._drawn = 0; self.tiles, self.reference = [], None
+        super().__init__(studio)
+        self.grid = g = grid or Grid(studio)
+        self._drawn = 0
+        self.tiles, self.reference = [], None
         self.rows, self.columns = (W.Dropdown(options=o, description=d, tooltip=f'what varies over the {d}', style=dict(description_width='60px'), layout=dict(width='150px')) for o, d in ((('seed', 'scale'), 'rows'), (('s_scale', 'scale'), 'columns')))
         self.values = {n: W.Text(', '.join(f'{v:g}' for v in getattr(g, n)), description=n, continuous_update=False, tooltip='numbers with commas between them', style=dict(description_width='60px'), layout=dict(width='260px')) for n in ('seeds', 's_scales', 'scales')}
         for n, w in self.values.items(): w.observe(lambda change, n=n: self.act(lambda: g.enter(n, change.new)), 'value')
-        self.link('rows', self.rows, g); self.link('columns', self.columns, g); self.go, self.stop, self.out = self.start('Fill the grid', g.run, 'make the cells that are missing'), self.halt(), self.button('Export', self._export, 'write the grid, the curves and the numbers', layout=dict(width='90px'))
-        self.table, self.photo, self.curves, self.large, self.code = W.VBox(), W.VBox(), figure_tile(330, 'curves of likeness and structure distance'), W.VBox(), Code(); self.table.add_class('faceid-grid'); self.large.add_class('faceid-large'); visible(self.curves, False)
+        self.link('rows', self.rows, g)
+        self.link('columns', self.columns, g)
+        self.go, self.stop, self.out = self.start('Fill the grid', g.run, 'make the cells that are missing'), self.halt(), self.button('Export', self._export, 'write the grid, the curves and the numbers', layout=dict(width='90px'))
+        self.table, self.photo, self.curves, self.large, self.code = W.VBox(), W.VBox(), figure_tile(330, 'curves of likeness and structure distance'), W.VBox(), Code()
+        self.table.add_class('faceid-grid')
+        self.large.add_class('faceid-large')
+        visible(self.curves, False)
         self.children = [W.HBox([self.rows, self.columns], layout=dict(flex_flow='row wrap')), *self.values.values(), W.HBox([self.go, self.stop, self.out]), W.HBox([self.photo, self.curves], layout=dict(flex_flow='row wrap', align_items='flex-end')), self.table, W.HTML('<small>below each: likeness / structure distance; click a cell to enlarge it</small>'), self.large, self.code]
-        self.watch(g, ['rows', 'columns'], self._axes); self.watch(g, ['cells'], self._cells); self.watch(g, ['arrived'], self._arrived); self.watch(g, ['previews'], self._glimpse); self.watch(g, ['chosen'], self._chosen); self.watch(studio.worker, ['busy'], self._settled)
+        self.watch(g, ['rows', 'columns'], self._axes)
+        self.watch(g, ['cells'], self._cells)
+        self.watch(g, ['arrived'], self._arrived)
+        self.watch(g, ['previews'], self._glimpse)
+        self.watch(g, ['chosen'], self._chosen)
+        self.watch(studio.worker, ['busy'], self._settled)
     def _axes(self):
         for n, w in self.values.items(): visible(w, n.removesuffix('s') in (self.grid.rows, self.grid.columns))
     def _cells(self):
         g = self.grid
         if not g.cells: return
-        (rows, down), (columns, across) = g.sweep.axes.items(); label = lambda text, width='52px': W.HTML(f'<div style="text-align:center;line-height:1.2">{html.escape(text)}</div>', layout=dict(width=width)); photo = look_at(g.reference)
+        (rows, down), (columns, across) = g.sweep.axes.items()
+        label = lambda text, width='52px': W.HTML(f'<div style="text-align:center;line-height:1.2">{html.escape(text)}</div>', layout=dict(width=width))
+        photo = look_at(g.reference)
         self.tiles = [Tile(on_click=lambda n=c.number: self.act(lambda: g.set_trait('chosen', n)), side=96, alt=f'{rows} {c.parameters[rows]}, {columns} {c.parameters[columns]}: not made yet', caption='waiting', tip='click to enlarge') for c in g.cells]
-        head = W.HBox([label(''), *(label(f'{columns} {v}', '104px') for v in across)]); m = len(across)
+        head = W.HBox([label(''), *(label(f'{columns} {v}', '104px') for v in across)])
+        m = len(across)
         lines = [W.HBox([label(f'{rows} {v}'), *self.tiles[i*m:(i + 1)*m]], layout=dict(align_items='center')) for i, v in enumerate(down)]
-        replace(self.photo, [Tile(photo, side=96, alt='the photograph', caption='photograph')]); replace(self.table, [head, *lines]); self._drawn = 0
+        replace(self.photo, [Tile(photo, side=96, alt='the photograph', caption='photograph')])
+        replace(self.table, [head, *lines])
+        self._drawn = 0
     def _arrived(self):
         g = self.grid
         if not 0 <= g.arrived < len(self.tiles): return
-        c, tile = g.cells[g.arrived], self.tiles[g.arrived]; name = f'{self._names[0]} {c.parameters[self._names[0]]}, {self._names[1]} {c.parameters[self._names[1]]}'
-        tile.dim, tile.caption, tile.alt = False, say_results(c) if c.state == 'done' else 'failed', f'{name}: {say_likeness(c)}' if c.state == 'done' else f'{name}: {c.error}'; tile.tip = c.error or 'click to enlarge'; tile.show(c.image)
+        c, tile = g.cells[g.arrived], self.tiles[g.arrived]
+        name = f'{self._names[0]} {c.parameters[self._names[0]]}, {self._names[1]} {c.parameters[self._names[1]]}'
+        tile.dim, tile.caption, tile.alt = False, say_results(c) if c.state == 'done' else 'failed', f'{name}: {say_likeness(c)}' if c.state == 'done' else f'{name}: {c.error}'
+        tile.tip = c.error or 'click to enlarge'
+        tile.show(c.image)
         if time.time() - self._drawn > 1.5: self._curve()
     @property
     def _names(self): return tuple(self.grid.sweep.axes)
     def _glimpse(self):
-        for n, image in self.grid.previews.items(): self.tiles[n].dim, self.tiles[n].caption = True, 'at work'; self.tiles[n].show(image)
+        for n, image in self.grid.previews.items():
+            self.tiles[n].dim, self.tiles[n].caption = True, 'at work'
+            self.tiles[n].show(image)
     def _settled(self):
-        if self.studio.busy or not self.grid.cells: self.go.description = 'Fill the grid'; return
+        if self.studio.busy or not self.grid.cells:
+            self.go.description = 'Fill the grid'
+            return
         self.go.description = 'Resume' if self.grid.unfinished else 'Fill the grid'
         for c, tile in zip(self.grid.cells, self.tiles):
-            if c.state == 'waiting': tile.caption, tile.dim = 'waiting', False; tile.show(None)
+            if c.state == 'waiting':
+                tile.caption, tile.dim = 'waiting', False
+                tile.show(None)
         if any(c.state == 'done' for c in self.grid.cells): self._curve()
     def _curve(self):
         if not any(c.state == 'done' for c in self.grid.cells): return
-        show_figure(self.curves, lambda: self.grid.curves(width=4.2)); visible(self.curves, True); self._drawn = time.time()
+        show_figure(self.curves, lambda: self.grid.curves(width=4.2))
+        visible(self.curves, True)
+        self._drawn = time.time()
     def _chosen(self):
         g = self.grid
         for c, tile in zip(g.cells, self.tiles): tile.chosen = c.number == g.chosen
-        if g.chosen < 0 or g.cells[g.chosen].state != 'done': replace(self.large, []); self.code.text = ''; return
-        p = g.portrait(g.chosen); tiles = [Tile(look_at(g.reference), side=220, alt='the photograph', caption='photograph'), Tile(p.image, side=220, alt=f'the cell, {say_likeness(p)}', caption=', '.join(f'{n} {g.cells[g.chosen].parameters[n]}' for n in self._names) + f'\n{say_likeness(p)}, structure distance {p.distance:.2f}')]
+        if g.chosen < 0 or g.cells[g.chosen].state != 'done':
+            replace(self.large, [])
+            self.code.text = ''
+            return
+        p = g.portrait(g.chosen)
+        tiles = [Tile(look_at(g.reference), side=220, alt='the photograph', caption='photograph'), Tile(p.image, side=220, alt=f'the cell, {say_likeness(p)}', caption=', '.join(f'{n} {g.cells[g.chosen].parameters[n]}' for n in self._names) + f'\n{say_likeness(p)}, structure distance {p.distance:.2f}')]
         replace(self.large, [W.HBox(tiles, layout=dict(flex_flow='row wrap')), W.HBox([self.button('save', lambda: self.save(p), 'write a PNG with its settings'), self.button('code', lambda: self.code.set_trait('text', self.studio.code(p)), 'the Python that makes it'), self.button('close', lambda: g.set_trait('chosen', -1), 'back to the grid')])])
     def _export(self):
         if paths := self.grid.export(): self.studio.note = 'written: ' + ', '.join(map(str, paths))
@@ -333,32 +448,49 @@ class GridPanel(Panel):
 class ComparisonPanel(Panel):
     "Heat map, surface, curves, trade-off and search."
     def __init__(self, studio, comparison=None):
-        super().__init__(studio); self.comparison = c = comparison or Comparison(studio); wrap = dict(flex_flow='row wrap')
+        super().__init__(studio)
+        self.comparison = c = comparison or Comparison(studio)
+        wrap = dict(flex_flow='row wrap')
         self.values = {n: W.Text(', '.join(f'{v:g}' for v in getattr(c, n)), description=n, continuous_update=False, tooltip='numbers with commas between them', style=dict(description_width='60px'), layout=dict(width='260px')) for n in ('scales', 's_scales', 'seeds')}
         for n, w in self.values.items(): w.observe(lambda change, n=n: self.act(lambda: c.enter(n, change.new)), 'value')
         self.people, self.survey, self.search = self.start('Compare people', c.compare, 'pictures of everybody against all photographs', layout=dict(width='150px')), self.start('Survey the weights', c.survey, 'likeness and prompt adherence for every pair of weights', layout=dict(width='180px')), self.start('Find', c.search, 'the weights that reach the target with the best prompt adherence', layout=dict(width='70px'))
-        self.target = W.FloatSlider(min=0, max=1, step=.01, description='target likeness', tooltip='a cosine by the judge', continuous_update=False, style=dict(description_width='105px'), layout=dict(width='300px')); self.link('target', self.target, c)
-        self.pick, self.use, self.out = W.Dropdown(description='weights', tooltip='the pair of weights that is looked at', style=dict(NAMED), layout=dict(width=WIDE)), self.button('use them', c.use, 'put these weights into the controls', layout=dict(width='95px')), self.button('Export', self._export, 'write figures and numbers', layout=dict(width='70px')); self.pick.observe(lambda change: change.new and c.set_trait('chosen', change.new), 'value')
-        self.figures = {n: figure_tile(w, a) for n, w, a in (('matrix', 420, 'heat map of pictures and photographs'), ('surface', 360, 'mean likeness for both weights'), ('curves', 460, 'likeness, structure distance and prompt adherence over the scale'), ('trade', 460, 'likeness against prompt adherence'))}; self.pictures = W.HBox(layout=dict(wrap))
+        self.target = W.FloatSlider(min=0, max=1, step=.01, description='target likeness', tooltip='a cosine by the judge', continuous_update=False, style=dict(description_width='105px'), layout=dict(width='300px'))
+        self.link('target', self.target, c)
+        self.pick, self.use, self.out = W.Dropdown(description='weights', tooltip='the pair of weights that is looked at', style=dict(NAMED), layout=dict(width=WIDE)), self.button('use them', c.use, 'put these weights into the controls', layout=dict(width='95px')), self.button('Export', self._export, 'write figures and numbers', layout=dict(width='70px'))
+        self.pick.observe(lambda change: change.new and c.set_trait('chosen', change.new), 'value')
+        self.figures = {n: figure_tile(w, a) for n, w, a in (('matrix', 420, 'heat map of pictures and photographs'), ('surface', 360, 'mean likeness for both weights'), ('curves', 460, 'likeness, structure distance and prompt adherence over the scale'), ('trade', 460, 'likeness against prompt adherence'))}
+        self.pictures = W.HBox(layout=dict(wrap))
         for w in (*self.figures.values(), self.pick, self.use): visible(w, False)
         self.children = [W.HBox([self.people, self.survey, self.halt()], layout=dict(wrap)), W.HBox([self.values['scales'], self.values['s_scales'], self.values['seeds']], layout=dict(wrap)), W.HBox([self.target, self.search, self.out], layout=dict(wrap)), W.HBox([self.pick, self.use], layout=dict(wrap)), self.pictures, W.HBox(list(self.figures.values()), layout=dict(wrap))]
-        self.watch(c, ['matrix'], self._matrix); self.watch(c, ['table'], self._table); self.watch(c, ['chosen'], self._chosen); self.watch(studio, ['model'], lambda: visible(self.values['s_scales'], studio.has_structure))
-    def _show(self, name, make): show_figure(self.figures[name], make); visible(self.figures[name], True)
+        self.watch(c, ['matrix'], self._matrix)
+        self.watch(c, ['table'], self._table)
+        self.watch(c, ['chosen'], self._chosen)
+        self.watch(studio, ['model'], lambda: visible(self.values['s_scales'], studio.has_structure))
+    def _show(self, name, make):
+        show_figure(self.figures[name], make)
+        visible(self.figures[name], True)
     def _matrix(self):
         if self.comparison.matrix is not None: self._show('matrix', self.comparison.heatmap)
     def _table(self):
         from faceid_nb.plots import curves, knob_heatmap
         c = self.comparison
         if c.table is None or not len(c.table): return
-        two = len(c.by) > 1; self._show('curves', lambda: curves(c.table, 'scale', group='seed', lines='s_scale' if two else None)); visible(self.figures['surface'], two)
+        two = len(c.by) > 1
+        self._show('curves', lambda: curves(c.table, 'scale', group='seed', lines='s_scale' if two else None))
+        visible(self.figures['surface'], two)
         if two: self._show('surface', lambda: knob_heatmap(c.table, group='seed', width=3.6))
-        pairs = sorted({(float(a), float(s)) for a, s in zip(c.table['scale'], c.table['s_scale'])}); self.pick.options = [(f'scale {a:g}' + f', s_scale {s:g}'*two, (a, s)) for a, s in pairs]; visible(self.pick, True); visible(self.use, True); self._chosen()
+        pairs = sorted({(float(a), float(s)) for a, s in zip(c.table['scale'], c.table['s_scale'])})
+        self.pick.options = [(f'scale {a:g}' + f', s_scale {s:g}'*two, (a, s)) for a, s in pairs]
+        visible(self.pick, True)
+        visible(self.use, True)
+        self._chosen()
     def _chosen(self):
         from faceid_nb.plots import trade_off
         c, names = self.comparison, ('scale', 's_scale')
         if c.chosen is not None: visible(self.use, True)
         if c.table is None or not len(c.table): return
-        rows = c.table[[(float(a), float(s)) == c.chosen for a, s in zip(c.table['scale'], c.table['s_scale'])]]; there = len(rows) > 0
+        rows = c.table[[(float(a), float(s)) == c.chosen for a, s in zip(c.table['scale'], c.table['s_scale'])]]
+        there = len(rows) > 0
         if there and self.pick.value != c.chosen: self.pick.value = c.chosen
         if c.table['adherence'].notna().any(): self._show('trade', lambda: trade_off(c.table, by=c.by, group='seed', chosen=dict(zip(names, c.chosen)) if there else None))
         replace(self.pictures, [Tile(Image.open(r.image), side=120, alt=f'seed {r.seed}, likeness {r.likeness:.2f}', caption=f'{r.likeness:.2f} / {r.distance:.2f}\nseed {r.seed}') for r in rows.itertuples() if r.state == 'done'])
@@ -369,17 +501,31 @@ class ComparisonPanel(Panel):
 class AttentionPanel(Panel):
     "One picture, a map for every identity token, sliders for layer and step."
     def __init__(self, studio, attention=None):
-        super().__init__(studio); self.attention = a = attention or Attention(studio); self.go = self.start('Make and look', a.run, 'make one picture and keep the attention', layout=dict(width='140px'))
-        self.layer = W.SelectionSlider(options=['all'], description='layer', tooltip='which attention layer of the UNet; all: their mean', style=dict(NAMED), layout=dict(width=WIDE)); self.step = W.IntSlider(min=0, max=0, description='step', tooltip='which step of denoising; 0: the mean of all', style=dict(NAMED), layout=dict(width=WIDE))
-        self.maps, self.legend = W.HBox(layout=dict(flex_flow='row wrap')), W.HTML(); self.maps.add_class('faceid-maps'); self.children = [W.HBox([self.go, self.halt()]), self.layer, self.step, self.maps, self.legend]
-        self.watch(a, ['layers', 'steps'], self._axes); self.link('layer', self.layer, a); self.link('step', self.step, a); self.watch(a, ['image', 'layer', 'step'], lambda: self.act(self._maps))
-    def _axes(self): a = self.attention; self.layer.options = a.layers or ['all']; self.step.max = a.steps
+        super().__init__(studio)
+        self.attention = a = attention or Attention(studio)
+        self.go = self.start('Make and look', a.run, 'make one picture and keep the attention', layout=dict(width='140px'))
+        self.layer = W.SelectionSlider(options=['all'], description='layer', tooltip='which attention layer of the UNet; all: their mean', style=dict(NAMED), layout=dict(width=WIDE))
+        self.step = W.IntSlider(min=0, max=0, description='step', tooltip='which step of denoising; 0: the mean of all', style=dict(NAMED), layout=dict(width=WIDE))
+        self.maps, self.legend = W.HBox(layout=dict(flex_flow='row wrap')), W.HTML()
+        self.maps.add_class('faceid-maps')
+        self.children = [W.HBox([self.go, self.halt()]), self.layer, self.step, self.maps, self.legend]
+        self.watch(a, ['layers', 'steps'], self._axes)
+        self.link('layer', self.layer, a)
+        self.link('step', self.step, a)
+        self.watch(a, ['image', 'layer', 'step'], lambda: self.act(self._maps))
+    def _axes(self):
+        a = self.attention
+        self.layer.options = a.layers or ['all']
+        self.step.max = a.steps
     def _maps(self):
         a = self.attention
         if a.image is None or a.record is None: return
-        overlays = a.overlays(); low, high = a.limits
+        overlays = a.overlays()
+        low, high = a.limits
         if len(self.maps.children) != len(overlays) + 1: replace(self.maps, [Tile(side=128) for _ in range(len(overlays) + 1)])
-        for k, (tile, image) in enumerate(zip(self.maps.children, [a.image, *overlays])): tile.caption = tile.alt = f'token {k}' if k else 'picture'; tile.show(image)
+        for k, (tile, image) in enumerate(zip(self.maps.children, [a.image, *overlays])):
+            tile.caption = tile.alt = f'token {k}' if k else 'picture'
+            tile.show(image)
         self.legend.value = f'<small>dark: {low:.2f}, bright: {high:.2f} of the attention over the identity tokens; layer {html.escape(a.layer)}, {f"step {a.step}" if a.step else "mean of all steps"}</small>'
 
 # %% ../nbs/17_dashboard.ipynb #27f96ba4
@@ -389,30 +535,51 @@ def this_cell():
     "(id of the notebook cell that runs, id of this run), where the front end tells; else (None, None)."
     try:
         from IPython import get_ipython
-        parent = get_ipython().kernel.get_parent('shell'); return parent['metadata'].get('cellId'), parent['header']['msg_id']
+        parent = get_ipython().kernel.get_parent('shell')
+        return parent['metadata'].get('cellId'), parent['header']['msg_id']
     except (ImportError, AttributeError, KeyError, TypeError): return None, None
 
 class Board(W.HBox):
     "Controls at the left; status and panels at the right."
     def __init__(self, panels, studio=None, folder='portraits'):   # {title: function(studio) -> `Panel`}; None: one of its own, which is closed with it
-        self.closed = False; cell, run = this_cell(); old = [b for c, r, b in _boards if c is not None and c == cell and r != run]
+        self.closed = False
+        cell, run = this_cell()
+        old = [b for c, r, b in _boards if c is not None and c == cell and r != run]
         for b in old: b.close()
-        self.own, self.studio = studio is None, studio or Studio(folder=str(folder)); self.controls, self.status = Controls(self.studio), Status(self.studio); self.panels = {n: f(self.studio) for n, f in panels.items()}
+        self.own, self.studio = studio is None, studio or Studio(folder=str(folder))
+        self.controls, self.status = Controls(self.studio), Status(self.studio)
+        self.panels = {n: f(self.studio) for n, f in panels.items()}
         parts = [W.Box([p], layout=dict(display='block', max_height='76vh', overflow='auto')) for p in self.panels.values()]   # a long gallery scrolls by itself: the status stays in sight
         for p in parts: p.add_class('faceid-scroll')
-        right = W.VBox([self.status, parts[0] if len(parts) == 1 else W.Tab(parts, titles=list(self.panels))], layout=dict(flex='1 1 0', min_width='0')); super().__init__([self.controls, right], layout=dict(width='100%')); self.add_class('faceid-board'); _boards.append((cell, run, self))
+        right = W.VBox([self.status, parts[0] if len(parts) == 1 else W.Tab(parts, titles=list(self.panels))], layout=dict(flex='1 1 0', min_width='0'))
+        super().__init__([self.controls, right], layout=dict(width='100%'))
+        self.add_class('faceid-board')
+        _boards.append((cell, run, self))
     def close(self):
         "Let go of the worker, the model and all widgets."
         if self.closed or sys.is_finalizing(): return   # ipywidgets closes what Python collects
-        self.closed = True; _boards[:] = [b for b in _boards if b[2] is not self]
+        self.closed = True
+        _boards[:] = [b for b in _boards if b[2] is not self]
         if self.own: self.studio.close()
-        close_all(self.controls); close_all(self.status)
+        close_all(self.controls)
+        close_all(self.status)
         for p in self.panels.values(): close_all(p)
         for child in self.children: close_all(child)
-        self.layout.close(); super().close()
+        self.layout.close()
+        super().close()
 
-def portrait_dashboard(studio=None, folder='portraits') -> Board: "Photographs in, portraits out. `folder` is the only place that is written to."; return Board(dict(Portrait=PortraitPanel), studio, folder)
-def structure_dashboard(studio=None, folder='portraits') -> Board: "A live grid over the weight of the structure."; return Board(dict(Structure=GridPanel), studio, folder)
-def similarity_dashboard(studio=None, folder='portraits') -> Board: "Likeness of pictures and photographs, over both weights, and a search for a likeness."; return Board(dict(Similarity=ComparisonPanel), studio, folder)
-def attention_dashboard(studio=None, folder='portraits') -> Board: "Where the identity tokens are looked at, by layer and step."; return Board(dict(Attention=AttentionPanel), studio, folder)
-def studio(folder='portraits') -> Board: "All dashboards in tabs, with the same photographs and settings."; return Board(dict(Portrait=PortraitPanel, Structure=GridPanel, Similarity=ComparisonPanel, Attention=AttentionPanel), None, folder)
+def portrait_dashboard(studio=None, folder='portraits') -> Board:
+    "Photographs in, portraits out. `folder` is the only place that is written to."
+    return Board(dict(Portrait=PortraitPanel), studio, folder)
+def structure_dashboard(studio=None, folder='portraits') -> Board:
+    "A live grid over the weight of the structure."
+    return Board(dict(Structure=GridPanel), studio, folder)
+def similarity_dashboard(studio=None, folder='portraits') -> Board:
+    "Likeness of pictures and photographs, over both weights, and a search for a likeness."
+    return Board(dict(Similarity=ComparisonPanel), studio, folder)
+def attention_dashboard(studio=None, folder='portraits') -> Board:
+    "Where the identity tokens are looked at, by layer and step."
+    return Board(dict(Attention=AttentionPanel), studio, folder)
+def studio(folder='portraits') -> Board:
+    "All dashboards in tabs, with the same photographs and settings."
+    return Board(dict(Portrait=PortraitPanel, Structure=GridPanel, Similarity=ComparisonPanel, Attention=AttentionPanel), None, folder)

@@ -140,7 +140,8 @@ class Face:
         other,  # another `Face` of the same pack
     ) -> float:
         "Cosine of the two embeddings: 1 the same picture, around 0 strangers."
-        _one_pack([self, other]); return float(np.dot(self.embedding.astype(np.float64), other.embedding))
+        _one_pack([self, other])
+        return float(np.dot(self.embedding.astype(np.float64), other.embedding))
 
     def __repr__(self):
         place = '' if self.box is None else f", box {'x'.join(str(round(float(v))) for v in self.box[2:] - self.box[:2])} at ({self.box[0]:.0f}, {self.box[1]:.0f})"
@@ -159,10 +160,13 @@ def mean_face(
     "One identity from several photographs: the weighted mean of the embeddings, renormalised."
     faces = list(faces)
     if not faces: raise ArgumentError('A mean needs at least one face', 'none was given', 'Give a list of faces')
-    _one_pack(faces); w = np.ones(len(faces)) if weights is None else np.asarray(weights, np.float64)
+    _one_pack(faces)
+    w = np.ones(len(faces)) if weights is None else np.asarray(weights, np.float64)
     if w.shape != (len(faces),) or not np.isfinite(w).all() or (w < 0).any() or w.sum() <= 0:
         raise ArgumentError('Weights must be one number a face, none negative and not all zero', f'{weights!r} for {len(faces)} faces', 'Leave them out for equal weights')
-    w = w/w.sum(); mean = sum(a*f.embedding.astype(np.float64) for a, f in zip(w, faces)); norm = np.linalg.norm(mean)
+    w = w/w.sum()
+    mean = sum(a*f.embedding.astype(np.float64) for a, f in zip(w, faces))
+    norm = np.linalg.norm(mean)
     if norm < 1e-6: raise ArgumentError('These embeddings cancel out', f'their mean has length {norm:.1e}', 'Give photographs of one person')
     raws = [f.raw_embedding for f in faces]
     raw = None if any(r is None for r in raws) else sum(a*r.astype(np.float64) for a, r in zip(w, raws)).astype(np.float32)
@@ -187,7 +191,9 @@ def save_face(
     try:
         with os.fdopen(handle, 'wb') as f: f.write(data)
         os.replace(temporary, path)
-    except BaseException: os.unlink(temporary); raise
+    except BaseException:
+        os.unlink(temporary)
+        raise
     return path
 
 def load_face(
@@ -256,7 +262,10 @@ def _fetch(url, part):
     from tqdm.auto import tqdm
     have = part.stat().st_size if part.exists() else 0
     with requests.get(url, stream=True, timeout=(10, 60), headers={'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})) as r:
-        if r.status_code == 416: part.unlink(); return _fetch(url, part)  # what was begun is no part of this file
+        # what was begun is no part of this file
+        if r.status_code == 416:
+            part.unlink()
+            return _fetch(url, part)
         r.raise_for_status()
         if r.status_code != 206: have = 0
         size = have + int(r.headers.get('Content-Length', 0))
@@ -267,7 +276,10 @@ def _fetch(url, part):
 # %% ../nbs/01_face.ipynb #dda3994d
 def _unpack(part, folder):
     "Make `folder` from the networks in an archive, all or nothing. A name loses its path, so that none leads out of the folder."
-    with open(part, 'rb') as f: head = f.read(12); f.seek(0); found = (hashlib.file_digest(f, 'sha256') if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read())).hexdigest()
+    with open(part, 'rb') as f:
+        head = f.read(12)
+        f.seek(0)
+        found = (hashlib.file_digest(f, 'sha256') if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read())).hexdigest()
     if not zipfile.is_zipfile(part): raise zipfile.BadZipFile(f'it begins with {head!r}')
     wanted = PACK_SUMS.get(folder.name, found)
     if found != wanted: raise zipfile.BadZipFile(f'its SHA-256 begins with {found[:12]}, not with {wanted[:12]}')
@@ -299,14 +311,16 @@ def download_pack(
     "Fetch an InsightFace pack (non-commercial research only), unless it is there. Raises `PackMissingError`; a failed attempt leaves no half pack."
     if name not in PACKS or name == 'tiny': raise ArgumentError('This pack cannot be downloaded', repr(name), f"Known are {', '.join(k for k in PACKS if k != 'tiny')}")
     with contextlib.suppress(PackMissingError): return check_pack(name, root)
-    folder = pack_folder(name, root); part = folder.with_name(f'{name}.zip.part')
+    folder = pack_folder(name, root)
+    part = folder.with_name(f'{name}.zip.part')
     if folder.exists(): raise _missing(name, folder, 'the folder exists but is not whole', 'Remove that folder and try again')
     from insightface.utils.storage import BASE_REPO_URL
     url = f"{(os.environ.get('FACEID_NB_PACK_URL') or BASE_REPO_URL).rstrip('/')}/{name}.zip"
     print(f'{name}: {LICENCE}', file=sys.stderr)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _fetch(url, part); _unpack(part, folder)
+        _fetch(url, part)
+        _unpack(part, folder)
     except Exception as e:
         found, do, keep = _why(e, url, part)
         if not keep: part.unlink(missing_ok=True)
@@ -346,7 +360,8 @@ class Embedder:
         if isinstance(model, (str, os.PathLike)):
             path = Path(model).expanduser()
             if not path.is_file(): raise _missing(path.name, path.parent.absolute(), f'there is no file {path.name}', 'Place the recogniser there')
-            name = name or path.absolute().parent.name; model = _load_onnx(path, wanted)
+            name = name or path.absolute().parent.name
+            model = _load_onnx(path, wanted)
             if getattr(model, 'taskname', None) != 'recognition': raise _missing(path.name, path, 'the file is not a face recogniser', 'Name a recogniser: one square picture in, one vector out')
         self.model, self.name = model, name or 'recogniser'
         self.provider = _check_provider(wanted, model.session)
@@ -373,7 +388,8 @@ def _load_onnx(path, providers):
 # %% ../nbs/01_face.ipynb #82dcfde8
 def _pad(image, share=.5):
     "A copy with a black frame as wide as `share` of the long side, and the width of the frame."
-    p = max(1, round(max(image.shape[:2])*share)); return cv2.copyMakeBorder(image, p, p, p, p, cv2.BORDER_CONSTANT), p
+    p = max(1, round(max(image.shape[:2])*share))
+    return cv2.copyMakeBorder(image, p, p, p, p, cv2.BORDER_CONSTANT), p
 
 class Detector:
     "insightface's SCRFD on a ladder of input sizes."
@@ -395,7 +411,8 @@ class Detector:
         boxes, points = self.model.detect(np.ascontiguousarray(picture[..., ::-1]), input_size=(size, size))
         if not len(boxes): return np.empty((0, 5), np.float32), np.empty((0, 5, 2), np.float32)
         ok = np.isfinite(boxes).all(1) & np.isfinite(points).all((1, 2)) & (points.std(1).max(1) > 1e-3)
-        boxes, points = boxes[ok].astype(np.float32), points[ok].astype(np.float32) - offset; boxes[:, :4] -= offset
+        boxes, points = boxes[ok].astype(np.float32), points[ok].astype(np.float32) - offset
+        boxes[:, :4] -= offset
         order = np.argsort(-(boxes[:, 2] - boxes[:, 0])*(boxes[:, 3] - boxes[:, 1]), kind='stable')
         return boxes[order], points[order]
 
@@ -403,7 +420,8 @@ class Detector:
         "A second look, through a frame, where the first was unsure or saw a large face: believed when the face then fills the picture."
         side, extent = max(image.shape[:2]), lambda b: max(b[2] - b[0], b[3] - b[1])
         if extent(boxes[0]) < .45*side and boxes[:, 4].max() >= .8: return None
-        padded, offset = _pad(image, .25); again, points = self.look(padded, offset, size)
+        padded, offset = _pad(image, .25)
+        again, points = self.look(padded, offset, size)
         return (again, points) if len(again) and extent(again[0]) > .7*side and again[0, 4] >= .9*boxes[:, 4].max() else None
 
     def detect(self,
@@ -482,9 +500,11 @@ class FaceReader:
         images,  # many pictures, anything that `read_image` takes
     ) -> list:  # a list of `Face`s for each picture, largest first, empty where there is none
         "All faces of many pictures; the recogniser runs on all crops at once."
-        images = [read_image(i) for i in images]; seen = [self.detector.detect(i) for i in images]
+        images = [read_image(i) for i in images]
+        seen = [self.detector.detect(i) for i in images]
         raw = self.embedder.embed([i for i, (boxes, _, _) in zip(images, seen) for _ in boxes], [p for _, points, _ in seen for p in points])
-        unit = (raw/np.maximum(np.linalg.norm(raw.astype(np.float64), axis=1, keepdims=True), 1e-12)).astype(np.float32); row = iter(range(len(raw)))
+        unit = (raw/np.maximum(np.linalg.norm(raw.astype(np.float64), axis=1, keepdims=True), 1e-12)).astype(np.float32)
+        row = iter(range(len(raw)))
         return [[Face(unit[k], p, b[:4], float(b[4]), self.name, image, raw[k], len(boxes), rung) for b, p, k in zip(boxes, points, row)]
                 for image, (boxes, points, rung) in zip(images, seen)]
 
@@ -500,7 +520,8 @@ class FaceReader:
     ) -> Face:
         "The face that is meant; `NoFaceError` when there is none."
         if isinstance(image, Face): return image
-        pixels = read_image(image); faces = self.read(pixels)
+        pixels = read_image(image)
+        faces = self.read(pixels)
         if not faces: raise _no_face(self, image, pixels)
         return choose_face(faces, which)
 
@@ -514,9 +535,12 @@ def draw_faces(
     width=None,  # of the lines, in pixels
 ) -> Image.Image:
     "The picture with box, points and number of every face."
-    picture = Image.fromarray(read_image(image)); pen = ImageDraw.Draw(picture); w = width or max(1, round(max(picture.size)/200))
+    picture = Image.fromarray(read_image(image))
+    pen = ImageDraw.Draw(picture)
+    w = width or max(1, round(max(picture.size)/200))
     for i, f in enumerate(faces):
-        x0, y0, x1, y1 = (float(v) for v in f.box); pen.rectangle([x0, y0, max(x0, x1), max(y0, y1)], outline=(0, 255, 0), width=w)
+        x0, y0, x1, y1 = (float(v) for v in f.box)
+        pen.rectangle([x0, y0, max(x0, x1), max(y0, y1)], outline=(0, 255, 0), width=w)
         for x, y in f.landmarks: pen.ellipse([x - w, y - w, x + w, y + w], fill=(255, 40, 40))
         pen.text((x0 + 2*w, y0 + w), str(i), fill=(255, 255, 255), stroke_width=max(1, w//2), stroke_fill=(0, 0, 0), font_size=max(10, picture.height/16))
     return picture

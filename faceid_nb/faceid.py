@@ -153,9 +153,13 @@ def watch(rows, images, done, total, stop, on_step, theirs):
 def step_by_step(work, stop):  # work(on_step) runs to the end; `stop` ends it
     "Turn a function that calls back into a generator of its `Step`s. Closing the generator stops the work and waits for it."
     reports, go = queue.Queue(), threading.Semaphore(0)
-    def on_step(step): reports.put(step); go.acquire()
+    def on_step(step):
+        reports.put(step)
+        go.acquire()
     def run():
-        try: work(on_step); reports.put(None)
+        try:
+            work(on_step)
+            reports.put(None)
         except BaseException as e: reports.put(e)
     thread = threading.Thread(target=run, daemon=True, name='faceid_nb stream')
     thread.start()
@@ -252,7 +256,9 @@ class FaceID:
         nobody = self.look(rows, people, structure, which)
         if not self._busy.acquire(blocking=False): raise ArgumentError('This FaceID is already generating', 'another thread uses its pipeline', 'Wait for it, or call stop()')
         try:
-            self._stop.clear(); self.attach(); images = []
+            self._stop.clear()
+            self.attach()
+            images = []
             for part, made in run_rows(self.pipe, self.adapter, rows, batch_size, nobody, self._stop, on_step, num_inference_steps, guidance_scale=guidance_scale, **more):
                 for row, image in zip(part, made): images.append(record(image, row, self, num_inference_steps, guidance_scale, more))
             self.stopped = self._stop.is_set()
@@ -267,7 +273,9 @@ class FaceID:
         if torch.is_tensor(structure) and structure.ndim == 3: states = structure.float()
         else:
             faces = people if structure is None else structure if isinstance(structure, (list, tuple)) else [structure]
-            once = list({id(f): f for f in faces}.values()); place = {id(f): i for i, f in enumerate(once)}   # a face that stands in many rows is looked at once
+            # a face that stands in many rows is looked at once
+            once = list({id(f): f for f in faces}.values())
+            place = {id(f): i for i, f in enumerate(once)}
             states = self.encoder(find_crops(once, self.reader, which))[[place[id(f)] for f in faces]]
         n = 1 + max(r.person for r in rows)
         if len(states) not in (1, n): raise ArgumentError(f'{len(states)} structures for {n} faces', '', 'Give one, or one for each face')

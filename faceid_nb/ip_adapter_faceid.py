@@ -73,7 +73,8 @@ class IPAdapterFaceID:
     def _generate(self, faceid_embeds, prompt, negative_prompt, knobs, num_samples, seed, **kwargs):
         "Run the pipeline under `condition(faceid_embeds, **knobs)`."
         if faceid_embeds is None: raise ArgumentError('No face was given', 'faceid_embeds is None', 'Give embeddings of shape (n, 512)')
-        e = torch.as_tensor(faceid_embeds, dtype=torch.float32); n = len(e)
+        e = torch.as_tensor(faceid_embeds, dtype=torch.float32)
+        n = len(e)
         texts = [self._texts(t, default, n, name) for t, default, name in ((prompt, PROMPT, 'prompt'), (negative_prompt, NEGATIVE, 'negative_prompt'))]
         with self.adapter.condition(e, num_images_per_prompt=num_samples, **knobs):
             return self.pipe(prompt=texts[0], negative_prompt=texts[1], num_images_per_prompt=num_samples, generator=generators(seed, self.device), **kwargs).images
@@ -100,7 +101,8 @@ class IPAdapterFaceIDPlus(IPAdapterFaceID):
         try: c = self._read(path, **given)
         except VariantError: c = self._read(path, 'plusv2' if self.shortcut else 'plus', **given)    # its name does not say
         if not isinstance(encoder, StructureEncoder): encoder = StructureEncoder.from_pretrained(encoder, device, dtype or pipe.unet.dtype)
-        encoder.check(c.image_proj['perceiver_resampler.proj_in.weight'].shape[1]); self._attach(pipe, c, device, ignore_lora=ignore_lora)
+        encoder.check(c.image_proj['perceiver_resampler.proj_in.weight'].shape[1])
+        self._attach(pipe, c, device, ignore_lora=ignore_lora)
         self.image_encoder, self.shortcut = encoder, c.variant == 'plusv2'
     def get_image_embeds(self, faceid_embeds, face_image, s_scale=1.0, shortcut=None):
         "Identity tokens (n, tokens, width) and those of nobody, as the original returns them."
@@ -114,7 +116,8 @@ class IPAdapterFaceIDPlus(IPAdapterFaceID):
     @contextmanager
     def _shortcut(self, wanted):
         "Inside, the projection adds the identity tokens (PlusV2) or does not (Plus)."
-        proj = self.adapter.net.image_proj; kept, proj.shortcut = proj.shortcut, self.shortcut if wanted is None else bool(wanted)
+        proj = self.adapter.net.image_proj
+        kept, proj.shortcut = proj.shortcut, self.shortcut if wanted is None else bool(wanted)
         try: yield
         finally: proj.shortcut = kept
     def generate(self,

@@ -25,7 +25,8 @@ def can_fold(layer):
 
 def lora_pairs(model, lora):
     "{path: (layer, down, up)}, every name and shape checked"
-    paths = dict.fromkeys(k.rpartition('.')[0] for k in lora); pairs = {}
+    paths = dict.fromkeys(k.rpartition('.')[0] for k in lora)
+    pairs = {}
     for path in paths:
         down, up = lora.get(f'{path}.down'), lora.get(f'{path}.up')
         if down is None or up is None: raise LoRAError(f'The LoRA of {path} is incomplete', f"It has no '{'down' if down is None else 'up'}'", 'The file is damaged')
@@ -55,7 +56,9 @@ class LoRA:
                 if fold and can_fold(layer): self.kept[path] = layer.weight.detach()
                 else: self.hooks.append(layer.register_forward_hook(self._beside(down, up)))
             self.weigh(weight)
-        except BaseException: self.undo(); raise
+        except BaseException:
+            self.undo()
+            raise
     @torch.no_grad()
     def weigh(self, weight):
         "Set the LoRA's weight, always from the original weights."

@@ -35,7 +35,8 @@ def find_judge(
     providers=None,   # as for `FaceReader`; the reader's own when None
 ) -> Embedder:
     "A second recogniser for the pack of `reader`: models/judge/rec.onnx beside it, or another InsightFace pack."
-    providers = providers or reader._args[2]; providers = tuple(providers) if isinstance(providers, list) else providers
+    providers = providers or reader._args[2]
+    providers = tuple(providers) if isinstance(providers, list) else providers
     beside = reader.folder.parent/'judge'/'rec.onnx'
     if beside.is_file(): return _embedder(str(beside), providers)
     other = JUDGES.get(reader.name, 'antelopev2')
@@ -64,7 +65,8 @@ def as_list(images):
     return [images] if isinstance(images, (str, bytes, os.PathLike, Image.Image, Face)) or (isinstance(images, np.ndarray) and images.ndim < 4) else list(images)
 
 def _unit(rows):
-    rows = np.asarray(rows, np.float64); return rows/np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+    rows = np.asarray(rows, np.float64)
+    return rows/np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
 
 # %% ../nbs/13_measure.ipynb #f292f942
 def find_faces(
@@ -73,10 +75,15 @@ def find_faces(
     which='largest',  # which face of a picture with several, see `choose_face`
 ) -> list:  # n `Face`s that carry their picture but no embedding; None where no face was found
     "Where the face is in each picture, for `embed_faces`, `identity_similarity` and `structure_distance`."
-    images = as_list(images); reader, _ = _resolve(reader, False, next((i for i in images if isinstance(i, Face)), None)); out = []
+    images = as_list(images)
+    reader, _ = _resolve(reader, False, next((i for i in images if isinstance(i, Face)), None))
+    out = []
     for image in images:
-        if image is None or isinstance(image, Face): out.append(image); continue
-        pixels = read_image(image); boxes, landmarks, _ = reader.detector.detect(pixels)
+        if image is None or isinstance(image, Face):
+            out.append(image)
+            continue
+        pixels = read_image(image)
+        boxes, landmarks, _ = reader.detector.detect(pixels)
         found = [Face(None, l, b[:4], float(b[4]), reader.name, pixels, found=len(boxes)) for b, l in zip(boxes, landmarks)]
         out.append(choose_face(found, which) if found else None)
     return out
@@ -89,11 +96,14 @@ def embed_faces(
     which='largest',  # which face of a picture with several, see `choose_face`
 ) -> np.ndarray:  # float64 (n, 512), unit rows; nan where no face was found
     "One embedding for each picture."
-    images = as_list(images); reader, judge = _resolve(reader, judge, next((i for i in images if isinstance(i, Face)), None))
+    images = as_list(images)
+    reader, judge = _resolve(reader, judge, next((i for i in images if isinstance(i, Face)), None))
     out, rows = np.full((len(images), 512), np.nan), {}
     for k, face in enumerate(find_faces(images, reader, which)):
         if face is None: continue
-        if face.embedding is not None and judge is reader.embedder and face.pack in ('', reader.name): out[k] = face.embedding; continue
+        if face.embedding is not None and judge is reader.embedder and face.pack in ('', reader.name):
+            out[k] = face.embedding
+            continue
         if face.image is None: raise ArgumentError('This face came without a picture, so a second recogniser cannot see it', repr(face), 'Give the photograph, save identities with crop=True, or pass judge=False')
         rows[k] = face
     if rows: out[list(rows)] = judge.embed([f.image for f in rows.values()], [f.landmarks for f in rows.values()])
@@ -128,7 +138,8 @@ def detection_rate(
     similarities,  # from `identity_similarity`
 ) -> float:  # 0 to 1
     "The share of pictures in which a face was found. A mean likeness without it hides the failures."
-    s = np.asarray(similarities, np.float64); return float(np.mean(~np.isnan(s))) if s.size else float('nan')
+    s = np.asarray(similarities, np.float64)
+    return float(np.mean(~np.isnan(s))) if s.size else float('nan')
 
 # %% ../nbs/13_measure.ipynb #66fdf87c
 def similarity_matrix(
@@ -162,7 +173,8 @@ def threshold_at(
     far=1e-3,   # false accept rate: the share of strangers let in
 ) -> float:
     "The cosine above which only a share `far` of strangers lies."
-    s = np.sort(np.asarray(impostor, np.float64).ravel()); s = s[~np.isnan(s)]
+    s = np.sort(np.asarray(impostor, np.float64).ravel())
+    s = s[~np.isnan(s)]
     if not len(s) or not 0 < far < 1: raise ArgumentError('A threshold needs strangers and a rate between 0 and 1', f'{len(s)} cosines, rate {far}', 'Give cosines of different people')
     return float(s[-1 - min(int(far*len(s)), len(s) - 1)])
 
@@ -179,17 +191,21 @@ def mean_interval(
     "A mean that says how sure it is."
     v = np.asarray(values, np.float64).ravel()
     if groups is not None:
-        g = np.asarray(groups).ravel(); v = np.array([v[(g == k) & ~np.isnan(v)].mean() for k in np.unique(g) if (~np.isnan(v[g == k])).any()])
-    v = v[~np.isnan(v)]; n = len(v)
+        g = np.asarray(groups).ravel()
+        v = np.array([v[(g == k) & ~np.isnan(v)].mean() for k in np.unique(g) if (~np.isnan(v[g == k])).any()])
+    v = v[~np.isnan(v)]
+    n = len(v)
     return (float(v.mean()) if n else float('nan')), (float(1.96*v.std(ddof=1)/np.sqrt(n)) if n > 1 else float('nan')), n
 
 def share_interval(
     hits,  # booleans
 ):  # -> share, low and high end of Wilson's 95% interval
     "A share that says how sure it is; sensible also at 0 and 1, and for few."
-    h = np.asarray(hits, bool).ravel(); n, z = len(h), 1.96
+    h = np.asarray(hits, bool).ravel()
+    n, z = len(h), 1.96
     if not n: return (float('nan'),)*3
-    p = h.mean(); middle, half = (p + z*z/(2*n))/(1 + z*z/n), z/(1 + z*z/n)*np.sqrt(p*(1 - p)/n + z*z/(4*n*n))
+    p = h.mean()
+    middle, half = (p + z*z/(2*n))/(1 + z*z/n), z/(1 + z*z/n)*np.sqrt(p*(1 - p)/n + z*z/(4*n*n))
     return float(p), float(max(0., middle - half)), float(min(1., middle + half))
 
 # %% ../nbs/13_measure.ipynb #c5df0bf1
@@ -199,11 +215,17 @@ class Calibration:
     genuine: np.ndarray   # (g,) cosines of two photographs of one person
     impostor: np.ndarray  # (i,) cosines of photographs of two people
     @property
-    def threshold(self): "One stranger in a thousand lies above."; return threshold_at(self.impostor)
+    def threshold(self):
+        "One stranger in a thousand lies above."
+        return threshold_at(self.impostor)
     @property
-    def ceiling(self): "The mean of genuine pairs: what a perfect portrait would score."; return float(np.nanmean(self.genuine))
+    def ceiling(self):
+        "The mean of genuine pairs: what a perfect portrait would score."
+        return float(np.nanmean(self.genuine))
     @property
-    def copy_line(self): "One genuine pair in a hundred lies above."; return float(np.nanquantile(self.genuine, .99))
+    def copy_line(self):
+        "One genuine pair in a hundred lies above."
+        return float(np.nanquantile(self.genuine, .99))
     def copies(self, similarities):
         "Which pictures are more like the photograph than another photograph would be: bool (n,)."
         with np.errstate(invalid='ignore'): return np.asarray(similarities, np.float64) > self.copy_line
@@ -220,9 +242,13 @@ def calibrate(
 ) -> Calibration:
     "Every photograph against every other. Photographs without a face are left out. Raises ArgumentError."
     if isinstance(people, (str, os.PathLike)): people = photographs_in(people)
-    people = [as_list(p) for p in people]; owner = np.repeat(np.arange(len(people)), [len(p) for p in people])
-    e = embed_faces([i for p in people for i in p], reader, judge, which); ok = ~np.isnan(e[:, 0]); e, owner = e[ok], owner[ok]
-    a, b = np.triu_indices(len(e), 1); cos, same = (e @ e.T)[a, b], owner[a] == owner[b]
+    people = [as_list(p) for p in people]
+    owner = np.repeat(np.arange(len(people)), [len(p) for p in people])
+    e = embed_faces([i for p in people for i in p], reader, judge, which)
+    ok = ~np.isnan(e[:, 0])
+    e, owner = e[ok], owner[ok]
+    a, b = np.triu_indices(len(e), 1)
+    cos, same = (e @ e.T)[a, b], owner[a] == owner[b]
     if not same.any() or same.all(): raise ArgumentError('A calibration needs two people at least, and two photographs of one of them', f'{len(people)} people, {len(e)} photographs with a face', 'Give more photographs')
     return Calibration(cos[same], cos[~same])
 
@@ -238,7 +264,8 @@ def photographs_in(folder) -> list:  # of lists of paths, by name of the person
 # %% ../nbs/13_measure.ipynb #53b9500b
 def aligned_landmarks(face) -> np.ndarray:  # (5, 2), the distance of the template's eyes is 1
     "Landmarks of a `Face`, moved by the similarity that aligns its crop: what is left is pose, expression and build."
-    template = crop_template(112); return transform_points(similarity_transform(face.landmarks, template), face.landmarks)/np.linalg.norm(template[1] - template[0])
+    template = crop_template(112)
+    return transform_points(similarity_transform(face.landmarks, template), face.landmarks)/np.linalg.norm(template[1] - template[0])
 
 def structure_distance(
     reference,        # the face whose structure is asked for: a `Face` or a photograph
@@ -262,7 +289,8 @@ class ClipScorer:
     ):
         from transformers import CLIPModel, CLIPProcessor
         from faceid_nb.models import choose_device, missing
-        self.device, dtype = choose_device(device, dtype); hub = dict(cache_dir=cache_dir, local_files_only=not download or Path(path).exists())
+        self.device, dtype = choose_device(device, dtype)
+        hub = dict(cache_dir=cache_dir, local_files_only=not download or Path(path).exists())
         try: self.model, self.processor = CLIPModel.from_pretrained(path, **hub).to(self.device, dtype).eval(), CLIPProcessor.from_pretrained(path, **hub)
         except Exception as e: raise missing(f'The CLIP model {path}', path, e, download) from e
     def __call__(self,
@@ -271,7 +299,8 @@ class ClipScorer:
         batch_size=32,
     ) -> np.ndarray:  # (n,) in -1..1
         import torch
-        out, texts = [], {p: None for p in prompts}; p = next(self.model.parameters())
+        out, texts = [], {p: None for p in prompts}
+        p = next(self.model.parameters())
         with torch.inference_mode():
             ids = self.processor(text=list(texts), return_tensors='pt', padding=True, truncation=True).to(self.device)
             known = dict(zip(texts, torch.nn.functional.normalize(_features(self.model.get_text_features(**ids)).float(), dim=1)))   # each text once
@@ -295,7 +324,9 @@ class SceneScorer:
     def wanted(prompt) -> dict:
         "What a prompt names: {'shirt': 3, ...}, as `read_scenes` numbers it."
         from faceid_nb.tiny.people import COLOURS, EXPRESSIONS
-        text = prompt.lower().replace('grey', 'gray'); colours = list(COLOURS); named = dict(glasses=1) if re.search(r'\bglasses\b', text) else {}
+        text = prompt.lower().replace('grey', 'gray')
+        colours = list(COLOURS)
+        named = dict(glasses=1) if re.search(r'\bglasses\b', text) else {}
         for part in ('shirt', 'background'):
             if m := re.search(rf'\b({"|".join(colours)}) {part}\b', text): named[part] = colours.index(m[1])
         if m := re.search(rf'\b({"|".join(EXPRESSIONS)})\b', text): named['expression'] = EXPRESSIONS.index(m[1])
@@ -303,9 +334,11 @@ class SceneScorer:
     def __call__(self, prompts, images) -> np.ndarray:  # (n,) in 0..1; nan where a prompt names nothing that is known
         import torch
         from faceid_nb.tiny.adapters import as_tensor, read_scenes
-        seen = {k: v.tolist() for k, v in read_scenes(as_tensor([Image.fromarray(i) for i in images]), self.reader).items()}; out = []
+        seen = {k: v.tolist() for k, v in read_scenes(as_tensor([Image.fromarray(i) for i in images]), self.reader).items()}
+        out = []
         for k, prompt in enumerate(prompts):
-            wanted = self.wanted(prompt); out.append(np.mean([seen[part][k] == value for part, value in wanted.items()]) if wanted else np.nan)
+            wanted = self.wanted(prompt)
+            out.append(np.mean([seen[part][k] == value for part, value in wanted.items()]) if wanted else np.nan)
         return np.array(out, np.float64)
 
 # %% ../nbs/13_measure.ipynb #215dea8d
@@ -318,7 +351,8 @@ def prompt_adherence(
     scorer='tiny',  # 'tiny': the reader of drawn people; a CLIP model's folder or repository; or a function of (texts, RGB arrays)
 ) -> np.ndarray:  # float64 (n,)
     "How much of its prompt each picture shows; see `SceneScorer` and `ClipScorer` for what the numbers mean."
-    images = [read_image(i.image if isinstance(i, Face) else i) for i in as_list(images)]; prompts = [prompts]*len(images) if isinstance(prompts, str) else list(prompts)
+    images = [read_image(i.image if isinstance(i, Face) else i) for i in as_list(images)]
+    prompts = [prompts]*len(images) if isinstance(prompts, str) else list(prompts)
     if len(prompts) != len(images): raise ArgumentError(f'{len(prompts)} prompts for {len(images)} pictures', '', 'Give one, or one for each picture')
     if not callable(scorer): scorer = _scorer(str(scorer))
     return scorer(prompts, images) if images else np.zeros(0)
@@ -329,7 +363,8 @@ def find_scorer(
 ):
     "What measures prompt adherence for a model's pictures: its drawn people's reader for the tiny pack, CLIP otherwise."
     from faceid_nb.models import MODELS
-    name = model if isinstance(model, str) else model.name; known = MODELS.get(name)
+    name = model if isinstance(model, str) else model.name
+    known = MODELS.get(name)
     return 'tiny' if known and known.repo is None else 'openai/clip-vit-large-patch14'
 
 def measure_pictures(
@@ -340,14 +375,16 @@ def measure_pictures(
     each=False,       # every picture has a reference of its own
 ) -> dict:  # of float64 (n,): likeness, distance, and adherence where prompts were given
     "`identity_similarity`, `structure_distance` and `prompt_adherence` of pictures that are read once. The first photograph of several gives the structure."
-    images = [read_image(i) for i in as_list(images)]; references = list(reference) if each else [reference]*len(images)
+    images = [read_image(i) for i in as_list(images)]
+    references = list(reference) if each else [reference]*len(images)
     if len(references) != len(images): raise ArgumentError(f'{len(references)} references for {len(images)} pictures', '', 'Give as many, or one without each=True')
     firsts = [r[0] if isinstance(r, (list, tuple)) and len(r) else r for r in references]
     reader, judge = _resolve(reader, judge, next((r for r in firsts if isinstance(r, Face)), None))
     found, once, goals = find_faces(images, reader, which), {}, {}
     for r, f in zip(references, firsts):
         if id(r) in once: continue
-        f = goals[id(r)] = f if isinstance(f, Face) else reader.best(f, which); once[id(r)] = embed_reference(r if isinstance(r, (list, tuple)) and len(r) > 1 else f, reader, judge, which)
+        f = goals[id(r)] = f if isinstance(f, Face) else reader.best(f, which)
+        once[id(r)] = embed_reference(r if isinstance(r, (list, tuple)) and len(r) > 1 else f, reader, judge, which)
         if f.landmarks is None: goals[id(r)] = None   # an embedding alone has no structure
     pictures, goals = embed_faces(found, reader, judge, which), [goals[id(r)] for r in references]
     out = dict(likeness=np.array([e @ once[id(r)] for e, r in zip(pictures, references)], np.float64),

@@ -103,7 +103,8 @@ def check_sum(
     if not re.fullmatch('[0-9a-f]{64}', blob.name): return path
     with open(blob, 'rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read()).hexdigest()
     if found == blob.name: return path
-    Path(path).unlink(); blob.unlink(missing_ok=True)
+    Path(path).unlink()
+    blob.unlink(missing_ok=True)
     raise CheckpointError(f'{Path(path).name} did not arrive as it was sent', f'its SHA-256 begins with {found[:12]}, the hub says {blob.name[:12]}; it was removed from the cache', 'Load it again')
 
 def find_file(file, repo=None, folder=None, cache_dir=None, download=True) -> Path:
@@ -131,7 +132,8 @@ def no_bars(on=True):
     for l, _ in levels: l.set_verbosity_error()   # notes about missing torchvision and renamed arguments, which no caller can act on
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore', FutureWarning); yield
+            warnings.simplefilter('ignore', FutureWarning)
+            yield
     finally:
         for l in shown: l.enable_progress_bar()
         for l, level in levels: l.set_verbosity(level)
@@ -198,8 +200,11 @@ def one_at_a_time(f):
 def find_parts(name, base=None, folder=None, cache_dir=None, download=True) -> dict:
     "Where the weights of a model are: files, folders of the tiny pack or of the caller, or names of repositories. Checkpoint and LoRA are fetched if need be."
     if name not in MODELS: raise ArgumentError(f'There is no model {name!r}', '', f'Choose among {", ".join(MODELS)}')
-    m = MODELS[name]; beside = lambda part: Path(folder or TINY) / part if m.repo is None or folder and (Path(folder) / part).is_dir() else None   # as in the tiny pack
-    files = {part: f and find_file(f, m.repo, folder, cache_dir, download) for part, f in dict(checkpoint=m.checkpoint, lora=m.lora).items()}; here = base or beside(m.base)
+    # as in the tiny pack
+    m = MODELS[name]
+    beside = lambda part: Path(folder or TINY) / part if m.repo is None or folder and (Path(folder) / part).is_dir() else None
+    files = {part: f and find_file(f, m.repo, folder, cache_dir, download) for part, f in dict(checkpoint=m.checkpoint, lora=m.lora).items()}
+    here = base or beside(m.base)
     return dict(**files, encoder=m.encoder and (beside(m.encoder) or beside('image_encoder') or m.encoder), base=here or m.base, vae=None if here else m.vae)
 
 # %% ../nbs/07_models.ipynb #6d698377
@@ -217,7 +222,8 @@ def load(
 ):                    # -> FaceID
     "Reader, adapter and pipeline for a name, ready to `generate`. Raises `ArgumentError`, `WeightsMissingError`, `CheckpointError` and their kinds."
     if name not in MODELS: raise ArgumentError(f'There is no model {name!r}', '', f'Choose among {", ".join(MODELS)}')
-    m = MODELS[name]; device, dtype = choose_device(device, dtype)
+    m = MODELS[name]
+    device, dtype = choose_device(device, dtype)
     from faceid_nb.adapter import FaceIDAdapter
     from faceid_nb.face import FaceReader, download_pack
     from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -226,7 +232,8 @@ def load(
     root = folder if folder is not None and (Path(folder) / 'models' / m.pack).is_dir() else TINY if m.repo is None else None
     if download and root is None and not HF_HUB_OFFLINE: download_pack(m.pack)   # nothing to do where it is there
     reader = FaceReader(m.pack, root=root, providers=providers or ('cpu' if device.type == 'cpu' else None))
-    given = hasattr(base, 'unet'); parts = find_parts(name, None if given else base, folder, cache_dir, download)
+    given = hasattr(base, 'unet')
+    parts = find_parts(name, None if given else base, folder, cache_dir, download)
     tell_licence(m)
     adapter = FaceIDAdapter.from_file(parts['checkpoint'], lora=parts['lora'], variant=m.variant)
     with no_bars(isinstance(parts['encoder'], Path)): encoder = parts['encoder'] and StructureEncoder.from_pretrained(parts['encoder'], device, dtype, cache_dir, download).check(adapter.structure_width)

@@ -31,7 +31,10 @@ _MARKERS, _GREY, _INK = 'osD^vPX', '0.86', '0.2'
 
 class Drawing(Figure):
     "A matplotlib figure that shows itself, whole, at the end of a cell. pyplot does not know it: it is shown once and nothing is left behind."
-    def _repr_png_(self): data = io.BytesIO(); FigureCanvasAgg(self).print_png(data); return data.getvalue()
+    def _repr_png_(self):
+        data = io.BytesIO()
+        FigureCanvasAgg(self).print_png(data)
+        return data.getvalue()
     def _ipython_display_(self):
         "Photographs as JPEG, the rest as a PNG of 256 colours: as a page shows them, at a third of the bytes."
         from IPython.display import display
@@ -57,7 +60,9 @@ def _wrap(text, width, most=99):
     for paragraph in str(text).split('\n'):
         for word in filter(None, re.split(r'[ \t\r\f\v]+', paragraph)):
             longer = f'{lines[-1]} {word}' if lines[-1] else word
-            if fits(longer): lines[-1] = longer; continue
+            if fits(longer):
+                lines[-1] = longer
+                continue
             if lines[-1]: lines.append('')
             for c in word:     # a word that is too long by itself is broken
                 if lines[-1] and not fits(lines[-1] + c): lines.append('')
@@ -88,12 +93,15 @@ def _key(value):
     "A value as it is compared: floats to 12 digits (0.1 + 0.2 is 0.3), nan and None alike, a list or dict by its text."
     if value is None or type(value).__name__ in ('NAType', 'NaTType'): return None
     if isinstance(value, (float, np.floating)): return None if value != value else float(f'{value:.12g}')
-    try: hash(value); return value
+    try:
+        hash(value)
+        return value
     except TypeError: return repr(value)
 
 def _label(value):
     "A value as it is written: 0.5, 1, 'Ada', and – where there is none."
-    k = _key(value); return '–' if k is None else str(k) if not isinstance(k, float) else str(int(k)) if k.is_integer() and abs(k) < 1e15 else f'{k:.4g}'
+    k = _key(value)
+    return '–' if k is None else str(k) if not isinstance(k, float) else str(int(k)) if k.is_integer() and abs(k) < 1e15 else f'{k:.4g}'
 
 # %% ../nbs/15_plots.ipynb #f98282e7
 def _numbers(t, column):
@@ -104,12 +112,14 @@ def _keys(t, *columns): return [tuple(map(_key, row)) for row in zip(*(t[c] for 
 
 def _levels(t, column):
     "The different values of a column: numbers in their order, others as they come, None last."
-    seen = list(dict.fromkeys(k for k, in _keys(t, column))); kept = [k for k in seen if k is not None]
+    seen = list(dict.fromkeys(k for k, in _keys(t, column)))
+    kept = [k for k in seen if k is not None]
     return (sorted(kept) if all(isinstance(k, (int, float, np.number)) for k in kept) else kept) + [None]*(None in seen)
 
 def _split(t, *columns):
     "{levels of the columns: the rows of the table that have them}"
-    found = _keys(t, *columns); return {k: t[[f == k for f in found]] for k in dict.fromkeys(found)}
+    found = _keys(t, *columns)
+    return {k: t[[f == k for f in found]] for k in dict.fromkeys(found)}
 
 def _varying(t): return [c for c in t.columns if c not in RESULTS and len(_levels(t, c)) > 1]
 
@@ -124,20 +134,31 @@ class _Sheet:
     "A figure of rows x columns places for pictures; all in inches, from the upper left. Wider than `width` where the places would become too small."
     def __init__(self, rows, columns, width, left=0., top=0., under=0., foot='', beside=0, shape=1., extra=0.):
         self.left, self.top, self.under, self.beside, self.tile = left, top, under, beside, _tile(width, left, columns)     # `beside`: columns before the heads of the rows
-        self.high = self.tile*shape; self.W = 2*_PAD + left + self.tile*columns + _GAP*(columns - 1); lines = _wrap(foot, self.W - 2*_PAD)
-        self.bottom = 2*_PAD + top + rows*(self.high + under + _GAP); self.H = self.bottom + extra + _high(len(lines))     # `extra`: room between pictures and foot
-        self.figure = Drawing(figsize=(self.W, self.H), dpi=_DPI); self.text(_PAD, self.H - _PAD, lines, ha='left', va='bottom')
+        self.high = self.tile*shape
+        self.W = 2*_PAD + left + self.tile*columns + _GAP*(columns - 1)
+        lines = _wrap(foot, self.W - 2*_PAD)
+        # `extra`: room between pictures and foot
+        self.bottom = 2*_PAD + top + rows*(self.high + under + _GAP)
+        self.H = self.bottom + extra + _high(len(lines))
+        self.figure = Drawing(figsize=(self.W, self.H), dpi=_DPI)
+        self.text(_PAD, self.H - _PAD, lines, ha='left', va='bottom')
     def corner(self, r, c): return _PAD + c*(self.tile + _GAP) + self.left*(c >= self.beside), _PAD + self.top + r*(self.high + self.under + _GAP)
     def axes(self, x, y, w, h): return self.figure.add_axes((x/self.W, 1 - (y + h)/self.H, w/self.W, h/self.H))
     def text(self, x, y, lines, **how):
         if lines: self.figure.text(x/self.W, 1 - y/self.H, '\n'.join(lines), fontsize=_SMALL, parse_math=False, linespacing=1.2, **how)
     def heads(self, down, across):
         "Lines of text beside every row and above every column."
-        for r, lines in enumerate(down): x, y = self.corner(r, self.beside); self.text(x - .03, y + self.high/2, lines, rotation=90, ha='right', va='center', multialignment='center')
-        for c, lines in enumerate(across): x, y = self.corner(0, c); self.text(x + self.tile/2, y - .03, lines, ha='center', va='bottom')
+        for r, lines in enumerate(down):
+            x, y = self.corner(r, self.beside)
+            self.text(x - .03, y + self.high/2, lines, rotation=90, ha='right', va='center', multialignment='center')
+        for c, lines in enumerate(across):
+            x, y = self.corner(0, c)
+            self.text(x + self.tile/2, y - .03, lines, ha='center', va='bottom')
     def picture(self, r, c, image, why='', caption=()):
         "A picture with lines of text below, or a grey place with the reason why there is none."
-        x, y = self.corner(r, c); ax = self.axes(x, y, self.tile, self.high); ax.set_axis_off()
+        x, y = self.corner(r, c)
+        ax = self.axes(x, y, self.tile, self.high)
+        ax.set_axis_off()
         if image is None:
             ax.add_patch(Rectangle((0, 0), 1, 1, transform=ax.transAxes, fc=_GREY, ec='none'))
             self.text(x + self.tile/2, y + self.high/2, _wrap(why, self.tile - .06, max(1, int((self.high - .08)/_high(1)))), ha='center', va='center', color=_INK)
@@ -179,7 +200,8 @@ def _cells(t, rows, columns):
     for key, row in zip(_keys(t, rows, columns), t.to_dict('records')): cells.setdefault(key, []).append(row)
     for key, several in cells.items():
         if len(several) == 1: continue
-        wrong = f"{len(several)} pictures fall into the cell {_settings(several[0], (rows, columns), ' ')}"; also = _varying(_read(several))
+        wrong = f"{len(several)} pictures fall into the cell {_settings(several[0], (rows, columns), ' ')}"
+        also = _varying(_read(several))
         if not also: raise ArgumentError(wrong, 'they are the same row twice', 'Drop one of them')
         raise ArgumentError(wrong, f"{' and '.join(also)} also var{'ies' if len(also) == 1 else 'y'}", f'Choose one value first, such as table[table.{also[0]} == {several[0][also[0]]!r}]')
     return {key: several[0] for key, several in cells.items()}
@@ -201,12 +223,18 @@ def structure_grid(
     width=WIDTH,      # inches, of 100 dots
 ) -> Drawing:
     "Pictures in rows and columns, their results below each. A cell that failed or is missing is grey and says why. Raises `ArgumentError`, `ImageError`."
-    t = _read(table, rows, columns, 'image'); down, across, cells = _levels(t, rows), _levels(t, columns), _cells(t, rows, columns)
+    t = _read(table, rows, columns, 'image')
+    down, across, cells = _levels(t, rows), _levels(t, columns), _cells(t, rows, columns)
     made = {at: _result(cells.get((down[at[0]], across[at[1]]))) for at in np.ndindex(len(down), len(across))}
-    photos = _photos(reference, down); beside = int(bool(photos)); shape = _shape([p for p, _ in made.values()]); names = [n for n in captions if n in t]
-    heads = [_wrap(f'{rows} {_label(k)}', _tile(width, .2, len(across) + beside)*shape - .04, 3) for k in down]; left = _high(max(map(len, heads)))
+    photos = _photos(reference, down)
+    beside = int(bool(photos))
+    shape = _shape([p for p, _ in made.values()])
+    names = [n for n in captions if n in t]
+    heads = [_wrap(f'{rows} {_label(k)}', _tile(width, .2, len(across) + beside)*shape - .04, 3) for k in down]
+    left = _high(max(map(len, heads)))
     tops = [['photograph']]*beside + [_wrap(f'{columns} {_label(k)}', _tile(width, left, len(across) + beside), 3) for k in across]
-    sheet = _Sheet(len(down), len(tops), width, left, _high(max(map(len, tops))), _high(bool(names)), _legend(names), beside, shape); sheet.heads(heads, tops)
+    sheet = _Sheet(len(down), len(tops), width, left, _high(max(map(len, tops))), _high(bool(names)), _legend(names), beside, shape)
+    sheet.heads(heads, tops)
     for r, photo in photos.items(): sheet.picture(r, 0, *photo)
     for (r, c), (image, why) in made.items(): sheet.picture(r, c + beside, image, why, _caption(cells[down[r], across[c]], names) if image else ())
     return sheet.figure
@@ -220,12 +248,15 @@ def contact_sheet(
     width=WIDTH,   # inches, of 100 dots
 ) -> Drawing:
     "All pictures in the order of the table, and what each is. Raises `ArgumentError`."
-    t = _read(table, 'image'); rows = t.to_dict('records')
+    t = _read(table, 'image')
+    rows = t.to_dict('records')
     if not columns >= 1: raise ArgumentError('columns must be 1 or more', f'{columns}', 'Give a number of pictures')
     names = [*(n for n in ('likeness',) if n in t), *_varying(t)] if caption is None else [] if callable(caption) else [caption] if isinstance(caption, str) else list(caption)
-    _read(t, *names); results, rest = [n for n in names if n in RESULTS], [n for n in names if n not in RESULTS]
+    _read(t, *names)
+    results, rest = [n for n in names if n in RESULTS], [n for n in names if n not in RESULTS]
     say = caption if callable(caption) else lambda row: '\n'.join([*_caption(row, results), _settings(row, rest)])
-    columns, made = min(int(columns), len(rows)), [_result(r) for r in rows]; texts = [_wrap(say(r), _tile(width, 0, columns), lines) for r in rows]
+    columns, made = min(int(columns), len(rows)), [_result(r) for r in rows]
+    texts = [_wrap(say(r), _tile(width, 0, columns), lines) for r in rows]
     sheet = _Sheet(-(-len(rows)//columns), columns, width, under=_high(max(map(len, texts))), foot=_legend(results), shape=_shape([p for p, _ in made]))
     for k, (picture, text) in enumerate(zip(made, texts)): sheet.picture(*divmod(k, columns), *picture, text)
     return sheet.figure
@@ -233,35 +264,52 @@ def contact_sheet(
 # %% ../nbs/15_plots.ipynb #60911443
 def _heat_axes(down, across, sides, lines, width, foot):
     "Room for a heat map with heads `down` and `across` and `lines` of text in a cell -> figure, axes, the colour bar's axes, width and height of a cell in inches."
-    wide = lambda labels: max(map(_inches, labels)); left, right, line = _PAD + wide(down) + .3, .56, _high(1)
-    cell = min(max((width - left - right)/len(across), .02), 1.1); high = max(min(max(.32, line*lines), 4.2/len(down)), .02); upright = wide(across) > cell - .06
-    w, h = cell*len(across), high*len(down); foot = _wrap(foot, left + w + right - 2*_PAD); top = _PAD + (wide(across) if upright else line) + line + .08
-    W, H = left + w + right, top + h + _high(len(foot)) + 2*_PAD; figure = Drawing(figsize=(W, H), dpi=_DPI)
+    wide = lambda labels: max(map(_inches, labels))
+    left, right, line = _PAD + wide(down) + .3, .56, _high(1)
+    cell = min(max((width - left - right)/len(across), .02), 1.1)
+    high = max(min(max(.32, line*lines), 4.2/len(down)), .02)
+    upright = wide(across) > cell - .06
+    w, h = cell*len(across), high*len(down)
+    foot = _wrap(foot, left + w + right - 2*_PAD)
+    top = _PAD + (wide(across) if upright else line) + line + .08
+    W, H = left + w + right, top + h + _high(len(foot)) + 2*_PAD
+    figure = Drawing(figsize=(W, H), dpi=_DPI)
     ax, bar = (figure.add_axes((x/W, 1 - (top + h)/H, broad/W, h/H)) for x, broad in ((left, w), (left + w + .08, .1)))
     figure.text(_PAD/W, _PAD/H, '\n'.join(foot), fontsize=_SMALL, linespacing=1.2, parse_math=False)
     for axis, labels, room, side, turn in ((ax.xaxis, across, cell if upright else 9, sides[1], 90*upright), (ax.yaxis, down, high, sides[0], 0)):
         shown = range(0, len(labels), max(1, math.ceil(line/room)))     # every label, or as many as fit
-        axis.set_ticks(shown, [labels[k] for k in shown], parse_math=False, rotation=turn); axis.set_label_text(side, fontsize=_SMALL, parse_math=False)
-    ax.xaxis.tick_top(); ax.xaxis.set_label_position('top'); ax.tick_params(length=0, labelsize=_SMALL); bar.tick_params(labelsize=_SMALL, length=2)
+        axis.set_ticks(shown, [labels[k] for k in shown], parse_math=False, rotation=turn)
+        axis.set_label_text(side, fontsize=_SMALL, parse_math=False)
+    ax.xaxis.tick_top()
+    ax.xaxis.set_label_position('top')
+    ax.tick_params(length=0, labelsize=_SMALL)
+    bar.tick_params(labelsize=_SMALL, length=2)
     return figure, ax, bar, cell, high
 
 # %% ../nbs/15_plots.ipynb #3f4b33c9
 def _heat(values, texts, down, across, sides, width, limits=None, frames=(), foot=''):
     "Numbers (n, m) as colours, with a text (n, m) in each cell. A nan is hatched, or left empty where its text is; `frames`, [(row, column)], are marked."
-    cut = lambda labels: [''.join(_wrap(l, 1.1, 1)) for l in labels]; lines = max(t.count('\n') + 1 for t in texts.flat)
-    figure, ax, bar, cell, high = _heat_axes(cut(down), cut(across), sides, lines, width, foot); known = values[np.isfinite(values)]
-    low, up = limits or ((known.min(), known.max()) if len(known) else (0, 1)); norm = Normalize(low, up)
+    cut = lambda labels: [''.join(_wrap(l, 1.1, 1)) for l in labels]
+    lines = max(t.count('\n') + 1 for t in texts.flat)
+    figure, ax, bar, cell, high = _heat_axes(cut(down), cut(across), sides, lines, width, foot)
+    known = values[np.isfinite(values)]
+    low, up = limits or ((known.min(), known.max()) if len(known) else (0, 1))
+    norm = Normalize(low, up)
     if not low <= up: raise ArgumentError('limits must be (low, high)', f'{limits}', 'Give the smaller one first')
-    image = ax.imshow(np.ma.masked_invalid(values), cmap='viridis', norm=norm, aspect='auto', interpolation='nearest'); figure.colorbar(image, cax=bar).outline.set_visible(False)
+    image = ax.imshow(np.ma.masked_invalid(values), cmap='viridis', norm=norm, aspect='auto', interpolation='nearest')
+    figure.colorbar(image, cax=bar).outline.set_visible(False)
     mark = lambda r, c, **how: ax.add_patch(Rectangle((c - .5, r - .5), 1, 1, **how))
     roomy = high >= _high(lines) and all(_inches(l) < cell - .03 for t in texts.flat for l in t.split('\n') if l)
     for (r, c), text in np.ndenumerate(texts):
-        missing = np.isnan(values[r, c]); bright = missing or np.dot(image.cmap(norm(values[r, c]))[:3], (.3, .59, .11)) > .5
+        missing = np.isnan(values[r, c])
+        bright = missing or np.dot(image.cmap(norm(values[r, c]))[:3], (.3, .59, .11)) > .5
         if not text: continue
         if missing: mark(r, c, fc=_GREY, ec='0.65', hatch='////', lw=0)
         if roomy: said = ax.text(c, r, text, ha='center', va='center', fontsize=_SMALL, linespacing=1.1, color=_INK if bright else 'w')
         if roomy and missing: said.set_bbox(dict(fc=_GREY, ec='none', pad=1))
-    for r, c in frames: mark(r, c, fill=False, ec='k', lw=3, clip_on=False, zorder=3); mark(r, c, fill=False, ec='w', lw=1.2, clip_on=False, zorder=3)
+    for r, c in frames:
+        mark(r, c, fill=False, ec='k', lw=3, clip_on=False, zorder=3)
+        mark(r, c, fill=False, ec='w', lw=1.2, clip_on=False, zorder=3)
     return figure
 
 def _two(value): return 'nan' if np.isnan(value) else f'{value:.2f}'.replace('-0.00', '0.00')
@@ -278,7 +326,9 @@ def similarity_heatmap(
     "Similarities as colours and, where there is room, numbers; each picture's own person is framed, a nan hatched. Raises `ArgumentError`."
     values = np.asarray(matrix, np.float64)
     if values.ndim != 2 or not values.size: raise ArgumentError('A heat map needs numbers (n, m)', f'their shape is {values.shape}', 'Give one row a picture and one column a reference')
-    n, m = values.shape; found = f'for {n} x {m} numbers'; label = lambda *given: [_label(v) for v in next(g for g in given if g is not None)]
+    n, m = values.shape
+    found = f'for {n} x {m} numbers'
+    label = lambda *given: [_label(v) for v in next(g for g in given if g is not None)]
     down, across = label(rows, getattr(matrix, 'index', None), range(n)), label(columns, getattr(matrix, 'columns', None), range(m))
     if (len(down), len(across)) != (n, m): raise ArgumentError('The labels do not fit the matrix', f'{len(down)} and {len(across)} {found}', 'Give one for each row and column')
     own = np.arange(n) if owner is None and n == m else np.empty(0, int) if owner is None or owner is False else np.atleast_1d(owner)
@@ -291,13 +341,15 @@ def similarity_heatmap(
 def _mean(t, column, group='face'):
     "Mean, half its 95% interval, number of independent values, and of rows with a number. Rows of one group are averaged first, where the table has that column."
     from faceid_nb.measure import mean_interval
-    v = _numbers(t, column); return *mean_interval(v, [_label(k) for k, in _keys(t, group)] if group in t else None), int(np.isfinite(v).sum())
+    v = _numbers(t, column)
+    return *mean_interval(v, [_label(k) for k, in _keys(t, group)] if group in t else None), int(np.isfinite(v).sum())
 
 def _over(t, group): return f'{len(t)} pictures' + (f' of {(n := len(_levels(t, group)))} {group}' + 's'*(n > 1) if group in t else '')
 
 def _note(t, group, columns):
     "What means were taken over, and how many pictures could not take part."
-    lost = int(np.isnan([_numbers(t, c) for c in columns]).any(0).sum()); return f'means with 95% intervals, {_over(t, group)}' + f', {lost} of them without a number'*bool(lost)
+    lost = int(np.isnan([_numbers(t, c) for c in columns]).any(0).sum())
+    return f'means with 95% intervals, {_over(t, group)}' + f', {lost} of them without a number'*bool(lost)
 
 def knob_heatmap(
     table,             # DataFrame, one row a picture
@@ -309,10 +361,14 @@ def knob_heatmap(
 ) -> Drawing:
     "Mean of a result for every pair of two arguments, over all the rest. A pair without any number is hatched, one that is not in the table empty. Raises `ArgumentError`."
     if rows == columns: raise ArgumentError('Rows and columns must be two arguments', f'both are {rows!r}', 'Name another')
-    t = _read(table, rows, columns, value); down, across = _levels(t, rows), _levels(t, columns); shape = len(down), len(across)
+    t = _read(table, rows, columns, value)
+    down, across = _levels(t, rows), _levels(t, columns)
+    shape = len(down), len(across)
     values, texts = np.full(shape, np.nan), np.full(shape, '', object)
     for (a, b), part in _split(t, rows, columns).items():
-        at = down.index(a), across.index(b); values[at], _, _, k = _mean(part, value, group); texts[at] = _two(values[at]) + f'\n{k} of {len(part)}'*(0 < k < len(part))
+        at = down.index(a), across.index(b)
+        values[at], _, _, k = _mean(part, value, group)
+        texts[at] = _two(values[at]) + f'\n{k} of {len(part)}'*(0 < k < len(part))
     part = next((x.split('\n')[1] for x in texts.flat if '\n' in x), '')
     foot = f'colour: mean {NAMES.get(value, value)}, {_over(t, group)}' + f"; '{part}': only so many have a number"*bool(part) + '; nan: none has one'*('nan' in texts)
     return _heat(values, texts, [_label(k) for k in down], [_label(k) for k in across], (rows, columns), width, limits, foot=foot)
@@ -320,15 +376,18 @@ def knob_heatmap(
 # %% ../nbs/15_plots.ipynb #4032fbca
 def _axis(levels, room):
     "Levels on an x axis of `room` inches -> their places, their names (None: as matplotlib chooses), how names are turned, how high they are in inches, and whether they are numbers."
-    names = [''.join(_wrap(_label(k), .8, 1)) for k in levels]; wide = max(map(_inches, names)) + .06
+    names = [''.join(_wrap(_label(k), .8, 1)) for k in levels]
+    wide = max(map(_inches, names)) + .06
     if all(isinstance(k, (int, float, np.number)) and not isinstance(k, bool) for k in levels):
         apart = len(levels) == 1 or min(np.diff(levels))/(levels[-1] - levels[0])*room > wide
         return dict(zip(levels, levels)), names if apart else None, 0, 0., True
-    turned = wide > room/len(levels); return dict(zip(levels, range(len(levels)))), names, 90*turned, wide*turned, False
+    turned = wide > room/len(levels)
+    return dict(zip(levels, range(len(levels)))), names, 90*turned, wide*turned, False
 
 def _above(figure, named, width):
     "A legend of {text: what is drawn} above everything, long texts cut."
-    texts = [''.join(_wrap(n, width/3 - .45, 1)) for n in named]; legend = figure.legend(named.values(), texts, loc='outside upper center', ncols=3, fontsize=_SMALL, frameon=False)
+    texts = [''.join(_wrap(n, width/3 - .45, 1)) for n in named]
+    legend = figure.legend(named.values(), texts, loc='outside upper center', ncols=3, fontsize=_SMALL, frameon=False)
     for t in legend.get_texts(): t.set_parse_math(False)
 
 def _curve(ax, parts, x, y, group, axis, lines, ceiling):
@@ -336,12 +395,17 @@ def _curve(ax, parts, x, y, group, axis, lines, ceiling):
     place, names, turn, _, numbers = axis
     if names: ax.set_xticks(list(place.values()), names, rotation=turn, parse_math=False)
     for k, (level, part) in enumerate(parts.items()):
-        means = {place[a]: _mean(p, y, group)[:2] for (a,), p in _split(part, x).items()}; at = sorted(means); mean, half = zip(*(means[a] for a in at))
+        means = {place[a]: _mean(p, y, group)[:2] for (a,), p in _split(part, x).items()}
+        at = sorted(means)
+        mean, half = zip(*(means[a] for a in at))
         beside = 0 if numbers else .5*(k - (len(parts) - 1)/2)/len(parts)     # names have no order: points side by side, not joined
         look = dict(color=COLOURS[k % 7], marker=_MARKERS[k % 7], ls=('-' if k < 7 else '--') if numbers else '', label=f'{lines} {_label(level)}' if lines else '_')
         ax.errorbar(np.add(at, beside), mean, half, ms=4, lw=1.2, elinewidth=1, capsize=2, **look)
     if ceiling is not None: ax.axhline(ceiling, c='0.5', lw=1, ls='--', label='two photographs')
-    ax.set_title(NAMES.get(y, y), fontsize=_TITLE); ax.set_xlabel(x, fontsize=_SMALL); ax.tick_params(labelsize=_SMALL, length=2); ax.locator_params('y', nbins=5)
+    ax.set_title(NAMES.get(y, y), fontsize=_TITLE)
+    ax.set_xlabel(x, fontsize=_SMALL)
+    ax.tick_params(labelsize=_SMALL, length=2)
+    ax.locator_params('y', nbins=5)
     for side in ('top', 'right'): ax.spines[side].set_visible(False)
 
 # %% ../nbs/15_plots.ipynb #5743a9ba
@@ -355,17 +419,24 @@ def curves(
     width=WIDTH,   # inches, of 100 dots
 ) -> Drawing:
     "Means with 95% intervals (a single group has none). Raises `ArgumentError`."
-    y = [y] if isinstance(y, str) else list(y); t = _read(table, x, *([lines] if lines else [])); shown = [c for c in y if c in t]
+    y = [y] if isinstance(y, str) else list(y)
+    t = _read(table, x, *([lines] if lines else []))
+    shown = [c for c in y if c in t]
     if not shown: raise ArgumentError('None of the results is in the table', f"asked for {', '.join(y)}; it has {', '.join(map(str, t.columns))}", 'Name a column of numbers')
-    split = _split(t, lines) if lines else {}; parts = {k: split[k,] for k in _levels(t, lines)} if lines else {None: t}
-    across = min(len(shown), 3); down = -(-len(shown)//across); tops = ceiling if isinstance(ceiling, dict) else {'likeness': ceiling}
+    split = _split(t, lines) if lines else {}
+    parts = {k: split[k,] for k in _levels(t, lines)} if lines else {None: t}
+    across = min(len(shown), 3)
+    down = -(-len(shown)//across)
+    tops = ceiling if isinstance(ceiling, dict) else {'likeness': ceiling}
     axis, legend = _axis(_levels(t, x), width/across - .6), -(-(len(parts)*bool(lines) + any(v is not None for v in tops.values()))//3)
-    figure = Drawing(figsize=(width, (1.75 + axis[3])*down + .2 + .15*legend), dpi=_DPI, layout='constrained'); axes = figure.subplots(down, across, squeeze=False).flat
+    figure = Drawing(figsize=(width, (1.75 + axis[3])*down + .2 + .15*legend), dpi=_DPI, layout='constrained')
+    axes = figure.subplots(down, across, squeeze=False).flat
     for name, ax in zip(shown, axes): _curve(ax, parts, x, name, group, axis, lines, tops.get(name))
     for ax in axes[len(shown):]: ax.remove()
     named = {h.get_label(): h for ax in figure.axes for h in [*ax.containers, *ax.lines] if not h.get_label().startswith('_')}
     if named: _above(figure, named, width)
-    figure.supxlabel('\n'.join(_wrap(_note(t, group, shown), width - .2)), fontsize=_SMALL); return figure
+    figure.supxlabel('\n'.join(_wrap(_note(t, group, shown), width - .2)), fontsize=_SMALL)
+    return figure
 
 # %% ../nbs/15_plots.ipynb #8fa8c8b0
 def pareto_front(
@@ -374,13 +445,16 @@ def pareto_front(
     "Which points no other beats, by being at least as good everywhere and better somewhere. Equal points are both in; a point with a nan never is. Raises `ArgumentError`."
     p = np.asarray(points, np.float64)
     if p.ndim != 2 or not p.shape[1]: raise ArgumentError('Points must be (n, d) numbers', f'their shape is {p.shape}', 'Give one row a point')
-    a, b = p[:, None], p[None]; beats = (a >= b).all(-1) & (a > b).any(-1)     # (i, j): i beats j
+    # (i, j): i beats j
+    a, b = p[:, None], p[None]
+    beats = (a >= b).all(-1) & (a > b).any(-1)
     return ~beats.any(0) & ~np.isnan(p).any(1)
 
 # %% ../nbs/15_plots.ipynb #1bf07f6b
 def _obstacles(ax, points, halves, order):
     "Boxes (x0, y0, x1, y1) in dots: the points, and what else is drawn: their intervals and the line through `order`."
-    dots = ax.transData.transform; (low, up), at = (dots(points + s*np.nan_to_num(halves)) for s in (-1, 1)), dots(points)
+    dots = ax.transData.transform
+    (low, up), at = (dots(points + s*np.nan_to_num(halves)) for s in (-1, 1)), dots(points)
     bars = [(x0, y - 2, x1, y + 2) for (x0, _), (x1, _), (_, y) in zip(low, up, at)] + [(x - 2, y0, x + 2, y1) for (_, y0), (_, y1), (x, _) in zip(low, up, at)]
     line = [(x - 2, y - 2, x + 2, y + 2) for a, b in zip(at[order], at[order[1:]]) for x, y in np.linspace(a, b, max(2, int(np.abs(b - a).max()//4)))]
     return [(x - 8, y - 8, x + 8, y + 8) for x, y in at], bars + line
@@ -389,9 +463,11 @@ def _place(x, y, w, h, frame, taken, placed):
     "A box w x h near (x, y), inside the frame and clear of what is taken, and the thin line that leads to it if it is far: (box, boxes of the line), or None."
     clear = lambda b, boxes: all(b[2] <= t[0] or t[2] <= b[0] or b[3] <= t[1] or t[3] <= b[1] for t in boxes)
     for r, a in product((8, 12, 18, 26, 38, 54, 76, 104, 140), np.arange(16)*np.pi/8):
-        mx, my = x + (r + w/2)*np.cos(a), y + (r + h/2)*np.sin(a); box = mx - w/2, my - h/2, mx + w/2, my + h/2
+        mx, my = x + (r + w/2)*np.cos(a), y + (r + h/2)*np.sin(a)
+        box = mx - w/2, my - h/2, mx + w/2, my + h/2
         if not (clear(box, taken) and frame.x0 + 2 <= box[0] and box[2] <= frame.x1 - 2 and frame.y0 + 2 <= box[1] and box[3] <= frame.y1 - 2): continue
-        far = max(abs(mx - x) - w/2, abs(my - y) - h/2) > 14; way = [(p - 1, q - 1, p + 1, q + 1) for p, q in np.linspace((x, y), (mx, my), 30)] if far else []
+        far = max(abs(mx - x) - w/2, abs(my - y) - h/2) > 14
+        way = [(p - 1, q - 1, p + 1, q + 1) for p, q in np.linspace((x, y), (mx, my), 30)] if far else []
         if all(clear(b, placed) for b in way): return box, way
 
 def _beside(ax, points, texts, boxes, softer):
@@ -400,9 +476,13 @@ def _beside(ax, points, texts, boxes, softer):
     for (x, y), point, text in zip(ax.transData.transform(points), points, texts):
         lines = _wrap(text, 1.2)
         if not lines: continue
-        size = _DPI*max(map(_inches, lines)) + 2, _DPI*_high(len(lines)); found = _place(x, y, *size, frame, boxes + softer, placed) or _place(x, y, *size, frame, boxes, placed)
+        size = _DPI*max(map(_inches, lines)) + 2, _DPI*_high(len(lines))
+        found = _place(x, y, *size, frame, boxes + softer, placed) or _place(x, y, *size, frame, boxes, placed)
         if not found: continue
-        (x0, y0, x1, y1), way = found; placed.append(found[0]); boxes += [found[0], *way]; line = dict(arrowstyle='-', lw=.5, color='0.5', shrinkA=0, shrinkB=3) if way else None
+        (x0, y0, x1, y1), way = found
+        placed.append(found[0])
+        boxes += [found[0], *way]
+        line = dict(arrowstyle='-', lw=.5, color='0.5', shrinkA=0, shrinkB=3) if way else None
         how = dict(ha='center', va='center', fontsize=_SMALL, linespacing=1.15, parse_math=False, arrowprops=line)
         ax.annotate('\n'.join(lines), point, (((x0 + x1)/2 - x)*72/_DPI, ((y0 + y1)/2 - y)*72/_DPI), textcoords='offset points', **how).set_in_layout(False)
 
@@ -416,23 +496,36 @@ def trade_off(
     width=WIDTH,   # inches, of 100 dots
 ) -> Drawing:
     "The mean of every setting with its 95% intervals. Those that no other beats in both results are joined, and named where there is room. Raises `ArgumentError`."
-    by = [by] if isinstance(by, str) else list(by); t = _read(table, x, y, *by); parts = _split(t, *by); names = [_settings(dict(zip(by, k)), by) for k in parts]
+    by = [by] if isinstance(by, str) else list(by)
+    t = _read(table, x, y, *by)
+    parts = _split(t, *by)
+    names = [_settings(dict(zip(by, k)), by) for k in parts]
     pick = None if chosen is None else tuple(_key(chosen.get(b)) for b in by) if isinstance(chosen, dict) else (_key(chosen),)
     if pick and pick not in parts: raise ArgumentError('The chosen setting is not in the table', f'{chosen}', f"Choose among {'; '.join(_settings(dict(zip(by, k)), by, ' ') for k in [*parts][:8])}{' …' if len(parts) > 8 else ''}")
-    stats = np.array([[_mean(p, c, group)[:2] for c in (x, y)] for p in parts.values()]); points, halves = stats[..., 0], stats[..., 1]     # (settings, 2)
-    front = pareto_front(points*[-1 if c in SMALLER else 1 for c in (x, y)]); drawn, ring = ~np.isnan(points).any(1), np.array([k == pick for k in parts])
-    figure = Drawing(figsize=(width, 3.2), dpi=_DPI, layout='constrained'); ax = figure.subplots(); ax.margins(.16, .14)
+    # (settings, 2)
+    stats = np.array([[_mean(p, c, group)[:2] for c in (x, y)] for p in parts.values()])
+    points, halves = stats[..., 0], stats[..., 1]
+    front = pareto_front(points*[-1 if c in SMALLER else 1 for c in (x, y)])
+    drawn, ring = ~np.isnan(points).any(1), np.array([k == pick for k in parts])
+    figure = Drawing(figsize=(width, 3.2), dpi=_DPI, layout='constrained')
+    ax = figure.subplots()
+    ax.margins(.16, .14)
     best, rest = (front, 'none is better in both', dict(color=COLOURS[0], marker='o', zorder=3)), (drawn & ~front, 'another is better in both', dict(color='0.6', marker='s', mfc='w'))
     for mask, name, look in (best, rest):
         if mask.any(): ax.errorbar(*points[mask].T, halves[mask, 1], halves[mask, 0], ls='', ms=5, elinewidth=.7, capsize=2, label=name, **look)
-    order = np.flatnonzero(front)[np.argsort(points[front, 0], kind='stable')]; ax.plot(*points[order].T, c=COLOURS[0], lw=1, ls=':', zorder=1)
+    order = np.flatnonzero(front)[np.argsort(points[front, 0], kind='stable')]
+    ax.plot(*points[order].T, c=COLOURS[0], lw=1, ls=':', zorder=1)
     if pick: ax.plot(*points[ring].T, ls='', marker='o', ms=11, mfc='none', mec=COLOURS[1], mew=1.8, label='chosen', zorder=5)
     for put, c in ((ax.set_xlabel, x), (ax.set_ylabel, y)): put(NAMES.get(c, c) + ' (less is better)'*(c in SMALLER), fontsize=_TITLE)
     note = _note(t, group, (x, y)) + f'; {(~drawn).sum()} of {len(names)} settings are not drawn'*(not drawn.all())
-    figure.supxlabel('\n'.join(_wrap(note, width - .2)), fontsize=_SMALL); ax.tick_params(labelsize=_SMALL)
+    figure.supxlabel('\n'.join(_wrap(note, width - .2)), fontsize=_SMALL)
+    ax.tick_params(labelsize=_SMALL)
     if drawn.any(): _above(figure, dict(zip(*ax.get_legend_handles_labels()[::-1])), width)
-    figure.draw_without_rendering(); rank = np.cumsum(drawn) - 1     # the layout is settled: now there are places in dots
-    _beside(ax, points[drawn], [n if f or r else '' for n, f, r, d in zip(names, front, ring, drawn) if d], *_obstacles(ax, points[drawn], halves[drawn], rank[order])); return figure
+    # the layout is settled: now there are places in dots
+    figure.draw_without_rendering()
+    rank = np.cumsum(drawn) - 1
+    _beside(ax, points[drawn], [n if f or r else '' for n, f, r, d in zip(names, front, ring, drawn) if d], *_obstacles(ax, points[drawn], halves[drawn], rank[order]))
+    return figure
 
 # %% ../nbs/15_plots.ipynb #8f34515a
 _KINDS = ('layer', 'step', 'token')
@@ -450,14 +543,20 @@ def _choose(kind, have, wanted, most):
 
 def _overlay(maps, image, down, across, note, width):
     "Maps (n, m, H, W) as colours over the grey picture, all on one scale."
-    cmap, norm = matplotlib.colormaps['viridis'], Normalize(maps.min(), max(maps.max(), maps.min() + 1e-6)); mix = lambda colours, under: .7*colours[..., :3] + .3*under
+    cmap, norm = matplotlib.colormaps['viridis'], Normalize(maps.min(), max(maps.max(), maps.min() + 1e-6))
+    mix = lambda colours, under: .7*colours[..., :3] + .3*under
     grey = np.asarray(image.convert('L').resize(maps.shape[:1:-1]), np.float64)[..., None]/255
     sheet = _Sheet(len(down), len(across) + 1, width, _high(1), _high(1), 0, note, 1, image.height/image.width, extra=.3)
-    sheet.heads([[d] for d in down], [['picture'], *([a] for a in across)]); sheet.picture(0, 0, image)
+    sheet.heads([[d] for d in down], [['picture'], *([a] for a in across)])
+    sheet.picture(0, 0, image)
     for r, c in np.ndindex(maps.shape[:2]): sheet.picture(r, c + 1, Image.fromarray((255*mix(cmap(norm(maps[r, c])), grey)).round().astype(np.uint8)))
-    x = sheet.corner(0, 1)[0]; bar = sheet.axes(x, sheet.bottom - _PAD, sheet.W - x - .15, .09)
+    x = sheet.corner(0, 1)[0]
+    bar = sheet.axes(x, sheet.bottom - _PAD, sheet.W - x - .15, .09)
     bar.imshow(mix(cmap(np.linspace(0, 1, 256)), .5)[None], aspect='auto', extent=(norm.vmin, norm.vmax, 0, 1))
-    bar.set_yticks([]); bar.tick_params(labelsize=_SMALL, length=2); bar.locator_params('x', nbins=4); return sheet.figure
+    bar.set_yticks([])
+    bar.tick_params(labelsize=_SMALL, length=2)
+    bar.locator_params('x', nbins=4)
+    return sheet.figure
 
 # %% ../nbs/15_plots.ipynb #b66fc9b1
 def attention_maps(
@@ -473,16 +572,21 @@ def attention_maps(
     "How much of its attention over the identity tokens each place gives to one of them, over the grey picture; the mean of what is not an axis. Raises `ArgumentError`, `ImageError`."
     if rows == columns or not {rows, columns} <= set(_KINDS): raise ArgumentError("rows and columns are two of 'layer', 'step' and 'token'", f'{rows!r} and {columns!r}', 'Name two')
     if not condition.maps: raise ArgumentError('Nothing was recorded', 'there are no maps', 'Pass record=True to condition() and run the pipeline inside')
-    first = next(iter(condition.maps.values())); have = dict(layer=list(condition.maps), step=range(len(first)), token=range(first[0].shape[2])); axes = (rows, columns)
+    first = next(iter(condition.maps.values()))
+    have = dict(layer=list(condition.maps), step=range(len(first)), token=range(first[0].shape[2]))
+    axes = (rows, columns)
     if not 0 <= row < len(first[0]): raise ArgumentError('There is no such picture in the batch', f'row {row} of {len(first[0])}', 'Count from 0')
     want = {k: _choose(k, have[k], w, most if k in axes else 10**9) for k, w in zip(_KINDS, (layers, steps, tokens if 'token' in axes else [token]))}
     image, why = _open(image)
     if image is None: raise ImageError('There is no picture to draw the attention on', why, 'Give what the pipeline made')
-    scale = min(1, 256/max(image.size)); size = round(image.height*scale), round(image.width*scale)
+    scale = min(1, 256/max(image.size))
+    size = round(image.height*scale), round(image.width*scale)
     def share(a, b):  # (height, width)
-        part = want | {rows: [a], columns: [b]}; step = lambda s: np.asarray(condition.attention_maps(size, part['layer'], slice(s, s + 1)))[row, part['token']].mean(0)
+        part = want | {rows: [a], columns: [b]}
+        step = lambda s: np.asarray(condition.attention_maps(size, part['layer'], slice(s, s + 1)))[row, part['token']].mean(0)
         return np.mean([step(s) for s in part['step']], 0)
-    name = lambda kind: [_short(v) if kind == 'layer' else f'{kind} {v + 1}' for v in want[kind]]; note = 'colour: share of the attention' + f' of token {token + 1}'*('token' not in axes)
+    name = lambda kind: [_short(v) if kind == 'layer' else f'{kind} {v + 1}' for v in want[kind]]
+    note = 'colour: share of the attention' + f' of token {token + 1}'*('token' not in axes)
     return _overlay(np.array([[share(a, b) for b in want[columns]] for a in want[rows]]), image, name(rows), name(columns), note, width)
 
 # %% ../nbs/15_plots.ipynb #097e06d8
@@ -494,7 +598,9 @@ def export_figure(
 ) -> Path:
     "Write a figure, all or nothing. Returns the path. Raises `ArgumentError` for another suffix."
     from faceid_nb.checkpoint import atomic
-    path = Path(path); kind = path.suffix.lower()[1:]; rows = None if table is None else _plain(table)
+    path = Path(path)
+    kind = path.suffix.lower()[1:]
+    rows = None if table is None else _plain(table)
     if kind not in ('png', 'pdf'): raise ArgumentError(f'Cannot write a figure called {path.name}', f"its suffix is {path.suffix or 'missing'}", 'Call it .png or .pdf')
     with matplotlib.rc_context({'pdf.fonttype': 42, 'savefig.bbox': 'standard'}), atomic(path) as part:     # 42: letters, not outlines
         figure.savefig(part, format=kind, dpi=dpi, metadata=dict(CreationDate=None) if kind == 'pdf' else None)

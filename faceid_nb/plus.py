@@ -19,7 +19,8 @@ class StructureEncoder:
         device=None, dtype=None,
     ):
         from transformers import CLIPImageProcessor
-        size = model.config.image_size; self.model, self._nobody = model.to(device, dtype).eval().requires_grad_(False), None
+        size = model.config.image_size
+        self.model, self._nobody = model.to(device, dtype).eval().requires_grad_(False), None
         self.processor = CLIPImageProcessor(size={'shortest_edge': size}, crop_size={'height': size, 'width': size})
     @classmethod
     def from_pretrained(cls, path, device=None, dtype=None, cache_dir=None, download=True):
@@ -41,7 +42,8 @@ class StructureEncoder:
         crops,  # (n, 3, h, w) uint8
     ):
         "The same for tensors, where many are read in a training: (n, 3, size, size)"
-        p, size = next(self.model.parameters()), self.model.config.image_size; x = crops.to(p.device).float()
+        p, size = next(self.model.parameters()), self.model.config.image_size
+        x = crops.to(p.device).float()
         if x.shape[-1] != size: x = F.interpolate(x, (size, size), mode='bicubic', antialias=True).clamp(0, 255)
         mean, sd = (torch.tensor(v, device=p.device).view(1, 3, 1, 1) for v in (self.processor.image_mean, self.processor.image_std))
         return (x/255 - mean)/sd

@@ -19,6 +19,7 @@ def structure_sweep(
     "Identity tokens for every weight of the structure, from one pass through the resampler. Raises `VariantError`."
     if adapter.variant != 'plusv2': raise VariantError('Only PlusV2 weighs the structure', f'this is {adapter.variant}', 'Load a plusv2 model')
     if states is None or len(states) != 1: raise ArgumentError('A sweep is about one crop', f'{0 if states is None else len(states)} were given', 'Give its states, (1, L, c)')
-    proj = adapter.net.image_proj; device = proj.norm.weight.device
+    proj = adapter.net.image_proj
+    device = proj.norm.weight.device
     x, r = proj.parts(torch.as_tensor(embeds).float().reshape(1, -1).to(device), states.float().to(device))
     return x + torch.as_tensor(s_scales, dtype=r.dtype, device=device).view(-1, 1, 1)*r

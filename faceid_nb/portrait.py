@@ -15,6 +15,8 @@ def agreement(
     faces,  # n >= 2 photographs of one person, as `Face`s or embeddings (n, 512)
 ) -> np.ndarray:  # (n,)
     "Mean cosine of each photograph with the others. One far below the rest is probably somebody else, or a bad crop."
-    e = np.stack([f.embedding if isinstance(f, Face) else np.asarray(f, np.float64) for f in faces]); n = len(e)
+    e = np.stack([f.embedding if isinstance(f, Face) else np.asarray(f, np.float64) for f in faces])
+    n = len(e)
     if n < 2: raise ArgumentError('One photograph has nothing to agree with', f'{n} was given', 'Give two or more')
-    e = e/np.linalg.norm(e, axis=1, keepdims=True); return ((e @ e.T).sum(1) - 1)/(n - 1)
+    e = e/np.linalg.norm(e, axis=1, keepdims=True)
+    return ((e @ e.T).sum(1) - 1)/(n - 1)

@@ -14,7 +14,9 @@ def base_facts(
 ) -> dict:
     "What an adapter has to know of a base model, and what else tells SDXL from Stable Diffusion 1.5."
     from faceid_nb.attention import cross_attention_layers
-    unet, c = pipe.unet, pipe.unet.config; layers = list(cross_attention_layers(unet)); cross = [attn for _, attn, is_cross in layers if is_cross]
+    unet, c = pipe.unet, pipe.unet.config
+    layers = list(cross_attention_layers(unet))
+    cross = [attn for _, attn, is_cross in layers if is_cross]
     encoders = [e for e in (pipe.text_encoder, getattr(pipe, 'text_encoder_2', None)) if e is not None]
     return {'text encoders': len(encoders), 'width of their states': ' + '.join(str(e.config.hidden_size) for e in encoders), 'width of a word': c.cross_attention_dim, 'attention layers': len(layers), 'of which read words': len(cross),
             'widths of those': sorted({a.inner_dim for a in cross}), 'transformer layers by level': c.transformer_layers_per_block, 'linear projections': bool(c.use_linear_projection), 'also told to the UNet': c.addition_embed_type or 'nothing', 'parameters (million)': round(sum(p.numel() for p in unet.parameters())/1e6, 1)}

@@ -24,13 +24,16 @@ class Worker(HasTraits):
     "One thread that does one thing at a time, and can be told to stop. What goes wrong is kept in `error`."
     busy, error = Bool(False), Unicode('')
     def __init__(self, **traits):
-        super().__init__(**traits); self.stopping, self._thread, self._lock = threading.Event(), None, threading.Lock()
+        super().__init__(**traits)
+        self.stopping, self._thread, self._lock = threading.Event(), None, threading.Lock()
     def start(self, work):  # work() runs in the thread, and looks at `stopping` now and then
         "Begin, unless something else is running: whether it was begun."
         with self._lock:
             if self.busy: return False
-            self.stopping.clear(); self.error, self.busy = '', True
-            self._thread = threading.Thread(target=self._run, args=(work,), daemon=True, name='faceid_nb studio'); self._thread.start()
+            self.stopping.clear()
+            self.error, self.busy = '', True
+            self._thread = threading.Thread(target=self._run, args=(work,), daemon=True, name='faceid_nb studio')
+            self._thread.start()
         return True
     def _run(self, work):
         try: work()
@@ -39,8 +42,13 @@ class Worker(HasTraits):
             from faceid_nb.sweep import out_of_memory
             self.error = OUT_OF_MEMORY if out_of_memory(e) else f'{type(e).__name__}: {str(e)[:300]}'
         finally: self.busy = False
-    def stop(self): "Ask the work to end; returns at once."; self.stopping.set()
-    def wait(self, seconds=None): "Until the work has ended: whether it has."; self._thread and self._thread.join(seconds); return not self.busy
+    def stop(self):
+        "Ask the work to end; returns at once."
+        self.stopping.set()
+    def wait(self, seconds=None):
+        "Until the work has ended: whether it has."
+        self._thread and self._thread.join(seconds)
+        return not self.busy
 
 OUT_OF_MEMORY = 'There is not enough memory for this. Ask for fewer pictures at a time, or choose a smaller model.'
 
@@ -69,9 +77,13 @@ class Settings(HasTraits):
     @validate(*RANGES)
     def _within(self, proposal): return check_range(proposal.trait.name, proposal.value)
     @property
-    def has_structure(self): "Whether `s_scale` does anything."; return MODELS[self.model].variant == 'plusv2'
+    def has_structure(self):
+        "Whether `s_scale` does anything."
+        return MODELS[self.model].variant == 'plusv2'
     @property
-    def several(self): "Whether the model reads several photographs one by one."; return MODELS[self.model].variant == 'portrait'
+    def several(self):
+        "Whether the model reads several photographs one by one."
+        return MODELS[self.model].variant == 'portrait'
     def asked(self) -> dict:
         "The arguments of `generate`, without the face."
         names = ('prompt', 'num_samples', 'seed', 'scale', 'guidance_scale', 'num_inference_steps', *['s_scale']*self.has_structure)
@@ -93,7 +105,8 @@ def parts_needed(name, cache_dir=None) -> list:  # of `Part`; empty for the tiny
     "What a model is made of. Looks at the disk and asks nobody."
     from huggingface_hub import try_to_load_from_cache
     from faceid_nb.face import PACKS, check_pack
-    m = MODELS[name]; kind = 'sdxl' if name.startswith('sdxl') else 'sd'
+    m = MODELS[name]
+    kind = 'sdxl' if name.startswith('sdxl') else 'sd'
     if m.repo is None: return []
     cached = lambda repo, file: isinstance(try_to_load_from_cache(repo, file, cache_dir=cache_dir), str)
     try: pack = bool(check_pack(m.pack))
@@ -117,9 +130,12 @@ def fit_colours(
 ):  # (C + 1, 3): latents and a one -> red, green, blue in -1..1
     "A linear map from the scaled latents of a place to its mean colour, by least squares over one photograph."
     import torch
-    vae = pipe.vae; x = torch.as_tensor(np.asarray(photograph.convert('RGB').resize((side, side)), np.float32)/127.5 - 1).permute(2, 0, 1)[None]
+    vae = pipe.vae
+    x = torch.as_tensor(np.asarray(photograph.convert('RGB').resize((side, side)), np.float32)/127.5 - 1).permute(2, 0, 1)[None]
     with torch.no_grad(): z = vae.encode(x.to(vae.device, vae.dtype)).latent_dist.mean.float().cpu()*vae.config.scaling_factor
-    y = torch.nn.functional.adaptive_avg_pool2d(x, z.shape[-2:]); z, y = (v[0].flatten(1).T for v in (z, y))   # (places, C), (places, 3)
+    # (places, C), (places, 3)
+    y = torch.nn.functional.adaptive_avg_pool2d(x, z.shape[-2:])
+    z, y = (v[0].flatten(1).T for v in (z, y))
     return torch.linalg.lstsq(torch.cat([z, torch.ones_like(z[:, :1])], 1), y).solution
 
 def find_previewer(
@@ -129,7 +145,8 @@ def find_previewer(
 ):  # -> function(latents (n, C, H, W)) -> n pictures, and its name
     "The cheapest good way to see unfinished latents."
     import torch
-    vae, scaling = pipe.vae, pipe.vae.config.scaling_factor; show = lambda x: [Image.fromarray(p) for p in ((x.float().cpu().clamp(-1, 1) + 1)*127.5).round().byte().permute(0, 2, 3, 1).numpy()]
+    vae, scaling = pipe.vae, pipe.vae.config.scaling_factor
+    show = lambda x: [Image.fromarray(p) for p in ((x.float().cpu().clamp(-1, 1) + 1)*127.5).round().byte().permute(0, 2, 3, 1).numpy()]
     def by_vae(latents): return show(vae.decode(latents.to(vae.device, vae.dtype)/scaling).sample)
     if sum(p.numel() for p in vae.parameters()) < small: return torch.no_grad()(by_vae), 'the VAE'
     try:
@@ -157,7 +174,9 @@ class People(Settings):
     "Photographs, the faces on them, and which of them are one person."
     photographs, side_by_side, num_photographs = List(), Bool(False), Int(0)   # side by side every photograph is another person; how many Portrait reads, 0: all
     note, download = Unicode(''), Bool(False)   # what the user should know; may what is missing be fetched
-    def __init__(self, **traits): self.worker, self._readers, self._drawn = Worker(), {}, 23; super().__init__(**traits)
+    def __init__(self, **traits):
+        self.worker, self._readers, self._drawn = Worker(), {}, 23
+        super().__init__(**traits)
     def _reader(self):
         from faceid_nb.face import FaceReader
         pack = MODELS[self.model].pack
@@ -168,26 +187,36 @@ class People(Settings):
         from faceid_nb.face import _no_face, download_pack, read_image
         self.worker.error, pack = '', MODELS[self.model].pack
         try:
-            pixels = read_image(source); faces = self._reader().read(pixels)
+            pixels = read_image(source)
+            faces = self._reader().read(pixels)
             if not faces: raise _no_face(self._reader(), name or source, pixels)
         except PackMissingError as e:
             if self.download and self.worker.start(lambda: (download_pack(pack), self.add(source, name, code))): self.note = f'{name or "The photograph"} is read as soon as the face pack {pack} is here.'
             else: self.worker.error = f'{e} Or allow the download, and add the photograph again.'
             return None
-        except FaceIDError as e: self.worker.error = f'{e}' + ' Real people need a model such as sd15-plusv2.'*(pack == 'tiny'); return None
-        path = isinstance(source, (str, Path)); photo = Photograph(name or (Path(source).name if path else f'photograph {len(self.photographs) + 1}'), source, faces, code=code or (repr(str(source)) if path else ''))
-        first = self.photographs[0].face if self.photographs else None; self.photographs = [*self.photographs, photo]
+        except FaceIDError as e:
+            self.worker.error = f'{e}' + ' Real people need a model such as sd15-plusv2.'*(pack == 'tiny')
+            return None
+        path = isinstance(source, (str, Path))
+        photo = Photograph(name or (Path(source).name if path else f'photograph {len(self.photographs) + 1}'), source, faces, code=code or (repr(str(source)) if path else ''))
+        first = self.photographs[0].face if self.photographs else None
+        self.photographs = [*self.photographs, photo]
         if first is not None and not self.side_by_side and first.pack == photo.face.pack and (alike := float(first.embedding @ photo.face.embedding)) < .2: self.note = f'{self.photographs[0].name} and {photo.name} look like two people (similarity {alike:.2f}). They are taken for one unless each is another person.'
         return photo
     def draw_person(self):
         "Add a drawn person whom no model of the tiny pack has seen, another one each time."
         from faceid_nb.tiny.people import render, sample_people
-        self._drawn += 1; scene = dict(seed=1, size=256, hat=None, glasses=0); self.side_by_side |= len(self.photographs) > 0
+        self._drawn += 1
+        scene = dict(seed=1, size=256, hat=None, glasses=0)
+        self.side_by_side |= len(self.photographs) > 0
         return self.add(render(sample_people(1, seed=self._drawn), **scene)[0].image, f'person {self._drawn}', f'render(sample_people(1, seed={self._drawn}), {", ".join(f"{k}={v!r}" for k, v in scene.items())})[0].image')
     def choose(self, photo, index):
         "Another face of a photograph."
-        if not 0 <= index < len(photo.faces): self.worker.error = f'There is no face {index} on {photo.name}; it has {len(photo.faces)}.'; return
-        photo.chosen = index; tell(self, 'photographs')
+        if not 0 <= index < len(photo.faces):
+            self.worker.error = f'There is no face {index} on {photo.name}; it has {len(photo.faces)}.'
+            return
+        photo.chosen = index
+        tell(self, 'photographs')
     def choose_at(self, photo, x, y):
         "The face nearest to a place in the photograph, in pixels."
         self.choose(photo, min(range(len(photo.faces)), key=lambda i: math.dist((x, y), ((photo.faces[i].box[0] + photo.faces[i].box[2])/2, (photo.faces[i].box[1] + photo.faces[i].box[3])/2))))
@@ -215,17 +244,26 @@ class Gallery(HasTraits):
     portraits, compared, best_first = List(), List(), Bool(False)
     folder = Unicode('portraits')   # the only place that is written to
     most = Int(400)                 # portraits that are remembered, besides those that are kept
-    def remember(self, made): old = [p for p in self.portraits if not p.kept][self.most:]; self.portraits = [*made, *(p for p in self.portraits if not any(p is o for o in old))]
+    def remember(self, made):
+        old = [p for p in self.portraits if not p.kept][self.most:]
+        self.portraits = [*made, *(p for p in self.portraits if not any(p is o for o in old))]
     @property
-    def shown(self): "The portraits in the gallery's order."; return sorted(self.portraits, key=lambda p: -math.inf if math.isnan(p.likeness) else p.likeness, reverse=True) if self.best_first else self.portraits
-    def keep(self, portrait, kept=True): portrait.kept = kept; tell(self, 'portraits')
+    def shown(self):
+        "The portraits in the gallery's order."
+        return sorted(self.portraits, key=lambda p: -math.inf if math.isnan(p.likeness) else p.likeness, reverse=True) if self.best_first else self.portraits
+    def keep(self, portrait, kept=True):
+        portrait.kept = kept
+        tell(self, 'portraits')
     def clear(self):
         "Forget the portraits that are not kept; files stay."
-        self.portraits = [p for p in self.portraits if p.kept]; self.compared = [p for p in self.compared if p.kept]
+        self.portraits = [p for p in self.portraits if p.kept]
+        self.compared = [p for p in self.compared if p.kept]
     def compare(self, portrait, on=True): self.compared = [p for p in self.compared if p is not portrait] + [portrait]*on
     def differences(self, portraits=None) -> dict:  # {name: [value of each]}
         "Likeness and structure distance, and the settings in which these portraits (None: those compared) are not equal."
-        portraits = list(self.compared if portraits is None else portraits); names = list(dict.fromkeys(k for p in portraits for k in p.settings)); rows = {k: [p.settings.get(k) for p in portraits] for k in names} | dict(person=[p.person for p in portraits])
+        portraits = list(self.compared if portraits is None else portraits)
+        names = list(dict.fromkeys(k for p in portraits for k in p.settings))
+        rows = {k: [p.settings.get(k) for p in portraits] for k in names} | dict(person=[p.person for p in portraits])
         return dict(likeness=[round(p.likeness, 2) for p in portraits], distance=[round(p.distance, 3) for p in portraits]) | {k: v for k, v in rows.items() if any(x != v[0] for x in v)}
     def save(self, portrait, folder=None):
         "Write a portrait as a PNG that carries its settings, into `folder`; never over another. Returns the path."
@@ -247,7 +285,9 @@ class Studio(People, Gallery):
     step, steps, seconds_left, status = Int(0), Int(0), Float(math.nan), Unicode('')
     device, memory, provider = Unicode(''), Unicode(''), Unicode('')
     save_all = Bool(False)                                                             # write every portrait as it is finished
-    def __init__(self, **traits): self._faceid, self._previewer, self._looked = None, None, 0; super().__init__(**traits)
+    def __init__(self, **traits):
+        self._faceid, self._previewer, self._looked = None, None, 0
+        super().__init__(**traits)
     @property
     def busy(self): return self.worker.busy
     @property
@@ -255,7 +295,9 @@ class Studio(People, Gallery):
     def look(self):
         "Note device, precision, memory and the ONNX provider of the recogniser."
         from faceid_nb.models import choose_device
-        self._looked = time.time(); device, dtype = (self._faceid.pipe.device, self._faceid.pipe.dtype) if self._faceid else choose_device(); pack = MODELS[self.model].pack
+        self._looked = time.time()
+        device, dtype = (self._faceid.pipe.device, self._faceid.pipe.dtype) if self._faceid else choose_device()
+        pack = MODELS[self.model].pack
         try: self.provider = (self._faceid.reader if self._faceid else self._reader()).provider
         except FaceIDError: self.provider = f'{pack} is not on this machine'
         self.device, self.memory = f'{device}, {str(dtype).removeprefix("torch.")}', memory_in_use(device)
@@ -269,40 +311,57 @@ class Studio(People, Gallery):
     def begin(self, work):  # work(faceid, faces, people) -> the last status
         "Check, then load what is asked for and call `work` in the worker's thread: whether it was begun."
         if self.busy: return False
-        if self.missing: self.worker.error = self.missing; return False
-        self.step, self.steps, self.seconds_left, self.note = 0, 0, math.nan, ''; model, people = self.model, [list(p) for p in self.people]
+        if self.missing:
+            self.worker.error = self.missing
+            return False
+        self.step, self.steps, self.seconds_left, self.note = 0, 0, math.nan, ''
+        model, people = self.model, [list(p) for p in self.people]
         return self.worker.start(lambda: self._run(work, model, people))
     def _run(self, work, model, people):
         try:
-            faceid = self._load(model); self.look()
-            if self.worker.stopping.is_set(): self.status = 'stopped'; return
+            faceid = self._load(model)
+            self.look()
+            if self.worker.stopping.is_set():
+                self.status = 'stopped'
+                return
             faces = [self._faces(photos, faceid.reader) for photos in people]
             if self._previewer is None and self.preview_every:
                 try: self._previewer = find_previewer(faceid.pipe, Image.fromarray(people[0][0].face.image))[0]
                 except RuntimeError: self._previewer = lambda latents: []   # memory is short: no preview
             words, read = len(faceid.pipe.tokenizer(self.prompt).input_ids), faceid.pipe.tokenizer.model_max_length
             if words > read: self.note = f'The prompt is long: the model reads its first {read - 2} of {words - 2} tokens.'
-            self.status, self._began = 'generating', time.time(); self.status = work(faceid, faces, people)
-        except BaseException: self.status = 'failed'; raise
-        finally: self.preview = []; self.look()
+            self.status, self._began = 'generating', time.time()
+            self.status = work(faceid, faces, people)
+        except BaseException:
+            self.status = 'failed'
+            raise
+        finally:
+            self.preview = []
+            self.look()
     def _load(self, model):
         from faceid_nb.models import load
         if self._faceid is None or self._faceid.name != model:
-            self.release(); away = [p for p in parts_needed(model) if not p.here]; self.status = f'loading {model}' + f', which downloads {size_of(sum(p.megabytes for p in away))} or more'*bool(away)
-            self._faceid = load(model, download=self.download); self._faceid.pipe.set_progress_bar_config(disable=True)
+            self.release()
+            away = [p for p in parts_needed(model) if not p.here]
+            self.status = f'loading {model}' + f', which downloads {size_of(sum(p.megabytes for p in away))} or more'*bool(away)
+            self._faceid = load(model, download=self.download)
+            self._faceid.pipe.set_progress_bar_config(disable=True)
         return self._faceid
     def _faces(self, photos, reader):
         "What `generate` takes for one person. A photograph that another face pack has read is read again."
         from faceid_nb.face import _no_face, read_image
         for p in photos:
             if p.faces[0].pack == reader.name: continue
-            pixels = read_image(p.source); faces = reader.read(pixels)
+            pixels = read_image(p.source)
+            faces = reader.read(pixels)
             if not faces: raise _no_face(reader, p.name, pixels)
-            p.faces, p.chosen = faces, min(p.chosen, len(faces) - 1); tell(self, 'photographs')
+            p.faces, p.chosen = faces, min(p.chosen, len(faces) - 1)
+            tell(self, 'photographs')
         return photos[0].face if len(photos) == 1 else [p.face for p in photos]
     def progress(self, done, total):
         "Count, and estimate what is left from what was needed so far."
-        self.steps, self.step = total, done; self.seconds_left = (time.time() - self._began)/done*(total - done) if done else math.nan
+        self.steps, self.step = total, done
+        self.seconds_left = (time.time() - self._began)/done*(total - done) if done else math.nan
         if time.time() - self._looked > 2: self.look()
     def see(self, step) -> list:
         "Pictures of a `Step`'s unfinished latents; none where it is not their turn."
@@ -314,12 +373,15 @@ class Studio(People, Gallery):
             self.progress(step.done, step.total)
             if seen := self.see(step): self.preview = seen
         return on_step
-    def roll(self): "Another seed."; self.seed = random.randrange(2**31)
+    def roll(self):
+        "Another seed."
+        self.seed = random.randrange(2**31)
     def generate(self):
         "Begin making portraits: whether it was begun."
         if self.busy: return False
         if not self.seed_locked and not self.missing: self.roll()
-        model, asked = self.model, self.asked(); return self.begin(lambda *given: self._make(model, asked, *given))
+        model, asked = self.model, self.asked()
+        return self.begin(lambda *given: self._make(model, asked, *given))
     def _make(self, model, asked, faceid, faces, people):
         "In the worker's thread: generate and measure."
         from faceid_nb.measure import measure_pictures
@@ -342,12 +404,17 @@ class Studio(People, Gallery):
         "Let go of the model and its memory, unless it is at work; the next generation loads it again."
         import gc, torch
         if self.busy and threading.current_thread() is not self.worker._thread: return False
-        self._faceid = self._previewer = None; self._readers = {}; gc.collect()
+        self._faceid = self._previewer = None
+        self._readers = {}
+        gc.collect()
         if torch.cuda.is_available(): torch.cuda.empty_cache()
         return True
     def close(self, seconds=30):
         "End the work and let go of the model: whether the work has ended."
-        self.stop(); ended = self.worker.wait(seconds); self.release(); return ended
+        self.stop()
+        ended = self.worker.wait(seconds)
+        self.release()
+        return ended
     def receive(self, name, data):
         "A file that was dropped: a PNG of this package restores its settings, anything else is a photograph."
         from faceid_nb.faceid import read_record
@@ -360,19 +427,24 @@ class Studio(People, Gallery):
         from faceid_nb.faceid import read_record
         self.worker.error = ''
         try:
-            record = read_record(io.BytesIO(png) if isinstance(png, bytes) else png); given = record.get('settings') or {k: record[k] for k in ('model', 'prompt', 'negative_prompt', 'seed', 'scale', 's_scale', 'guidance_scale') if k in record} | ({'num_inference_steps': record['steps']} if 'steps' in record else {})
+            record = read_record(io.BytesIO(png) if isinstance(png, bytes) else png)
+            given = record.get('settings') or {k: record[k] for k in ('model', 'prompt', 'negative_prompt', 'seed', 'scale', 's_scale', 'guidance_scale') if k in record} | ({'num_inference_steps': record['steps']} if 'steps' in record else {})
             if not given: raise ArgumentError('This picture does not say how it was made', '', 'Give a PNG that this package saved')
             known = {k: v for k, v in dict(negative_prompt='', **given).items() if k in Settings.class_trait_names()} if 'negative_prompt' not in given else {k: v for k, v in given.items() if k in Settings.class_trait_names()}
             Settings(**known)   # all of it or nothing
-        except (FaceIDError, OSError, TraitError, ValueError, AttributeError, TypeError) as e: self.worker.error = str(e) or type(e).__name__; return False
+        except (FaceIDError, OSError, TraitError, ValueError, AttributeError, TypeError) as e:
+            self.worker.error = str(e) or type(e).__name__
+            return False
         with self.hold_trait_notifications():
             for k, v in known.items(): setattr(self, k, v)
         return True
     def code(self, portrait=None):
         "The Python that makes a portrait, or the one that is asked for now."
-        settings = dict(portrait.settings if portrait is not None else dict(self.asked(), model=self.model, num_samples=1)); model = settings.pop('model')
+        settings = dict(portrait.settings if portrait is not None else dict(self.asked(), model=self.model, num_samples=1))
+        model = settings.pop('model')
         photos = portrait.photographs if portrait is not None else _codes(self.people[0]) if self.photographs else [("'photograph.jpg'", 0)]
-        faces = [f'model.reader.read({code})[{chosen}]' for code, chosen in photos]; face = faces[0] if len(faces) == 1 else f"[[{', '.join(faces)}]]"
+        faces = [f'model.reader.read({code})[{chosen}]' for code, chosen in photos]
+        face = faces[0] if len(faces) == 1 else f"[[{', '.join(faces)}]]"
         return '\n'.join(['from faceid_nb.models import load', *['from faceid_nb.tiny.people import render, sample_people']*any('render(' in c for c, _ in photos), '', f'model = load({model!r})', f'face = {face}', f"picture = model.generate(face, {', '.join(f'{k}={v!r}' for k, v in settings.items())})[0]"])
 
 def _codes(photos): return tuple((p.code or repr(p.name), p.chosen) for p in photos)
@@ -384,21 +456,25 @@ def _among(proposal, names):
 
 def free_name(folder, stem):
     "The first of stem_0001, stem_0002 ... that no file in the folder begins with."
-    folder.mkdir(parents=True, exist_ok=True); k = 1
+    folder.mkdir(parents=True, exist_ok=True)
+    k = 1
     while any(folder.glob(f'{stem}_{k:04d}*')): k += 1
     return f'{stem}_{k:04d}'
 
 def run_sweep(studio, faceid, sweep, folder, on_cell=None, on_step=None, together=None):
     "Run a sweep in the studio's worker, at most `together` cells at a time: it hears Stop and counts."
     from faceid_nb.sweep import default_batch
-    each, done = next(iter(sweep.cells)).arguments['num_inference_steps'], 0; total = each*len(sweep)
+    each, done = next(iter(sweep.cells)).arguments['num_inference_steps'], 0
+    total = each*len(sweep)
     def follow(step):
         if studio.worker.stopping.is_set(): sweep.stop()
         studio.progress(done*each + step.done*len(step.rows), total)
         if on_step: on_step(step)
     try:
         for cell in sweep.run(folder, progress=False, batch_size=min(default_batch(faceid), together or len(sweep)), on_step=follow):
-            done += 1; studio.progress(max(done*each, studio.step), total)   # a batch's cells arrive one by one when all are made
+            # a batch's cells arrive one by one when all are made
+            done += 1
+            studio.progress(max(done*each, studio.step), total)
             if on_cell: on_cell(cell)
             if studio.worker.stopping.is_set(): sweep.stop()
     finally:
@@ -410,10 +486,13 @@ class Grid(HasTraits):
     rows, columns = Unicode('seed'), Unicode('s_scale')
     seeds, s_scales, scales = List([0, 1]), List([0., .5, 1., 1.5]), List([.25, .5, .75, 1.])
     cells, arrived, chosen, previews = List(), Int(-1), Int(-1), Dict()   # in the grid's order; number of the last one finished; of the one looked at; {number: picture} of those at work
-    def __init__(self, studio=None, **traits): self.studio, self.sweep, self.reference, self._photos = studio or Studio(), None, None, (); super().__init__(**traits)
+    def __init__(self, studio=None, **traits):
+        self.studio, self.sweep, self.reference, self._photos = studio or Studio(), None, None, ()
+        super().__init__(**traits)
     @validate('seeds', 's_scales', 'scales')
     def _values(self, proposal):
-        name, values = proposal.trait.name.removesuffix('s'), proposal.value; kind = int if name == 'seed' else float
+        name, values = proposal.trait.name.removesuffix('s'), proposal.value
+        kind = int if name == 'seed' else float
         try: values = [kind(v) for v in values]
         except (TypeError, ValueError): raise TraitError(f'{name} takes numbers, such as 0, 1; {proposal.value} is something else.') from None
         if not values or len(set(values)) < len(values): raise TraitError(f'Give at least one {name}, and none twice; {values} will not do.')
@@ -424,32 +503,53 @@ class Grid(HasTraits):
     def _columns(self, proposal): return _among(proposal, ('s_scale', 'scale'))
     def enter(self, name, text):
         "Values as somebody types them, '0, 0.5, 1': whether they were taken; if not, `error` of the worker says why."
-        try: setattr(self, name, [float(v) if name != 'seeds' else int(v) for v in text.replace(';', ',').split(',') if v.strip()]); self.studio.worker.error = ''; return True
+        try:
+            setattr(self, name, [float(v) if name != 'seeds' else int(v) for v in text.replace(';', ',').split(',') if v.strip()])
+            self.studio.worker.error = ''
+            return True
         except TraitError as e: self.studio.worker.error = str(e)
         except ValueError: self.studio.worker.error = f'{name.removesuffix("s")} takes numbers with commas between them, such as 0, 1; {text!r} is something else.'
         return False
     @property
-    def folder(self): "Where the cells lie."; return Path(self.studio.folder)/'sweeps'
+    def folder(self):
+        "Where the cells lie."
+        return Path(self.studio.folder)/'sweeps'
     @property
     def unfinished(self): return sum(c.state == 'waiting' for c in self.cells)
     @property
-    def shape(self): "Rows and columns of the cells that are there."; return tuple(len(a) for a in self.sweep.axes.values()) if self.sweep else (0, 0)
+    def shape(self):
+        "Rows and columns of the cells that are there."
+        return tuple(len(a) for a in self.sweep.axes.values()) if self.sweep else (0, 0)
     def run(self):
         "Begin, or go on: cells that an earlier run finished come first."
         s = self.studio
         if s.busy: return False
-        if self.rows == self.columns: s.worker.error = 'Rows and columns are both the scale: choose another one.'; return False
-        if self.columns == 's_scale' and not s.has_structure: s.worker.error = f'{s.model} has no structure weight: take scale for the columns, or a PlusV2 model.'; return False
-        axes = {n: list(getattr(self, n + 's')) for n in (self.rows, self.columns)}; fixed = {k: v for k, v in s.asked().items() if k not in (*axes, 'num_samples')}; folder = self.folder
+        if self.rows == self.columns:
+            s.worker.error = 'Rows and columns are both the scale: choose another one.'
+            return False
+        if self.columns == 's_scale' and not s.has_structure:
+            s.worker.error = f'{s.model} has no structure weight: take scale for the columns, or a PlusV2 model.'
+            return False
+        axes = {n: list(getattr(self, n + 's')) for n in (self.rows, self.columns)}
+        fixed = {k: v for k, v in s.asked().items() if k not in (*axes, 'num_samples')}
+        folder = self.folder
         return s.begin(lambda faceid, faces, people: self._work(axes, fixed, folder, faceid, faces, people))
     def _work(self, axes, fixed, folder, faceid, faces, people):
         from faceid_nb.sweep import Sweep
-        s, steps = self.studio, fixed['num_inference_steps']; sweep = Sweep(faceid, axes, dict(fixed, face=faces[0])); places = {(c.parameters['seed'], c.parameters['scale'], c.parameters['s_scale']): c.number for c in sweep.cells}
-        self.sweep, self.reference, self._photos, self.previews, self.chosen, self.arrived = sweep, people[0][0].face, _codes(people[0]), {}, -1, -1; self._person = ', '.join(p.name for p in people[0]); self.cells = sweep.cells; run_sweep(s, faceid, sweep, folder, self._arrived, self._glimpse(places), len(sweep.axes[self.columns])); self.previews = {}
+        s, steps = self.studio, fixed['num_inference_steps']
+        sweep = Sweep(faceid, axes, dict(fixed, face=faces[0]))
+        places = {(c.parameters['seed'], c.parameters['scale'], c.parameters['s_scale']): c.number for c in sweep.cells}
+        self.sweep, self.reference, self._photos, self.previews, self.chosen, self.arrived = sweep, people[0][0].face, _codes(people[0]), {}, -1, -1
+        self._person = ', '.join(p.name for p in people[0])
+        self.cells = sweep.cells
+        run_sweep(s, faceid, sweep, folder, self._arrived, self._glimpse(places), len(sweep.axes[self.columns]))
+        self.previews = {}
         failed = [c for c in sweep.cells if c.state == 'failed']
         if failed: s.worker.error = f'{len(failed)} of {len(sweep)} cells could not be made. {failed[0].error}'
         return f'stopped with {self.unfinished} cells to go: run it again to go on' if self.unfinished else f'{len(sweep)} cells, {sum(c.kept for c in sweep.cells)} of them from an earlier run'
-    def _arrived(self, cell): self.previews = {k: v for k, v in self.previews.items() if k != cell.number}; self.arrived = cell.number
+    def _arrived(self, cell):
+        self.previews = {k: v for k, v in self.previews.items() if k != cell.number}
+        self.arrived = cell.number
     def _glimpse(self, places):
         def on_step(step):
             if seen := self.studio.see(step): self.previews = self.previews | {places[r.seed, r.scale, r.s_scale]: i for r, i in zip(step.rows, seen)}
@@ -457,10 +557,13 @@ class Grid(HasTraits):
     def table(self):
         "The finished cells, as `Sweep.table`."
         return self.sweep.table(self.folder)
-    def code(self, number): "The Python that makes a cell's picture."; return self.studio.code(self.portrait(number))
+    def code(self, number):
+        "The Python that makes a cell's picture."
+        return self.studio.code(self.portrait(number))
     def portrait(self, number):
         "A cell as a `Portrait`, to be saved, compared or put into code."
-        c = self.cells[number]; settings = {k: c.arguments[k] for k in ('prompt', 'seed', 'scale', 'guidance_scale', 'num_inference_steps')} | ({'s_scale': c.arguments['s_scale']} if MODELS[c.parameters['model']].variant == 'plusv2' else {}) | ({'negative_prompt': c.arguments['negative_prompt']} if c.arguments['negative_prompt'] else {})
+        c = self.cells[number]
+        settings = {k: c.arguments[k] for k in ('prompt', 'seed', 'scale', 'guidance_scale', 'num_inference_steps')} | ({'s_scale': c.arguments['s_scale']} if MODELS[c.parameters['model']].variant == 'plusv2' else {}) | ({'negative_prompt': c.arguments['negative_prompt']} if c.arguments['negative_prompt'] else {})
         return Portrait(c.image, dict(settings, model=c.parameters['model'], num_samples=1), c.likeness, c.distance, False, self._person, self.reference, self._photos)
     def curves(self, **more):
         "Likeness and structure distance over the columns, as a figure."
@@ -471,8 +574,11 @@ class Grid(HasTraits):
     def export(self, folder=None):
         "Write the grid and its curves as PNG and the numbers as CSV, under names that are free. Returns the paths."
         from faceid_nb.plots import export_figure, structure_grid
-        if self.sweep is None or not len(t := self.table()): self.studio.worker.error = 'There is nothing to export yet: run the grid first.'; return []
-        folder = Path(self.studio.folder if folder is None else folder); stem = free_name(folder, 'grid')
+        if self.sweep is None or not len(t := self.table()):
+            self.studio.worker.error = 'There is nothing to export yet: run the grid first.'
+            return []
+        folder = Path(self.studio.folder if folder is None else folder)
+        stem = free_name(folder, 'grid')
         rows, columns = self.sweep.axes
         return [export_figure(structure_grid(t, rows, columns, reference=self.reference.image, width=1.3*(len(self.sweep.axes[columns]) + 1)), folder/f'{stem}.png', t), export_figure(self.curves(), folder/f'{stem}_curves.png')]
 
@@ -483,7 +589,9 @@ class Comparison(HasTraits):
     target = Float(.5)                     # likeness that is wanted
     matrix, table, found, chosen = Any(None), Any(None), Any(None), Any(None)   # DataFrames; `Found`; (scale, s_scale)
     owner = Any(None)                      # (n,) own column of each row of the matrix; None: all photographs are one person's
-    def __init__(self, studio=None, **traits): self.studio = studio or Studio(); super().__init__(**traits)
+    def __init__(self, studio=None, **traits):
+        self.studio = studio or Studio()
+        super().__init__(**traits)
     _values, enter, folder = Grid._values, Grid.enter, Grid.folder
     @validate('target')
     def _reachable(self, proposal):
@@ -492,15 +600,21 @@ class Comparison(HasTraits):
     def _fixed(self, *without): return {k: v for k, v in self.studio.asked().items() if k not in (*without, 'num_samples')}
     def compare(self):
         "Begin: pictures of every person, each compared with every photograph."
-        fixed, seeds, folder = self._fixed('seed'), list(self.seeds), self.folder; return self.studio.begin(lambda *given: self._compare(fixed, seeds, folder, *given))
+        fixed, seeds, folder = self._fixed('seed'), list(self.seeds), self.folder
+        return self.studio.begin(lambda *given: self._compare(fixed, seeds, folder, *given))
     def _compare(self, fixed, seeds, folder, faceid, faces, people):
         import pandas as pd
         from faceid_nb.measure import embed_faces, embed_reference, similarity_matrix
         from faceid_nb.sweep import Sweep, find_scoring
-        names = [', '.join(p.name for p in photos) for photos in people]; names = [f'{n} ({i + 1})' if names.count(n) > 1 else n for i, n in enumerate(names)]; sweep = Sweep(faceid, dict(face=dict(zip(names, faces)), seed=seeds), fixed); run_sweep(self.studio, faceid, sweep, folder)
+        names = [', '.join(p.name for p in photos) for photos in people]
+        names = [f'{n} ({i + 1})' if names.count(n) > 1 else n for i, n in enumerate(names)]
+        sweep = Sweep(faceid, dict(face=dict(zip(names, faces)), seed=seeds), fixed)
+        run_sweep(self.studio, faceid, sweep, folder)
         cells = [c for c in sweep.cells if c.state == 'done']
         if not cells: return 'stopped'
-        photos = [p for photos in people for p in photos]; judge = find_scoring(faceid.reader)[0]; self.studio.status = 'measuring'
+        photos = [p for photos in people for p in photos]
+        judge = find_scoring(faceid.reader)[0]
+        self.studio.status = 'measuring'
         found = similarity_matrix(embed_faces([c.image for c in cells], faceid.reader, judge), [embed_reference(p.face, faceid.reader, judge) for p in photos])
         self.owner = [names.index(c.parameters['face']) for c in cells] if len(people) == len(photos) else None
         self.matrix = pd.DataFrame(found, [f"{c.parameters['face']}, {c.parameters['seed']}" for c in cells], [p.name for p in photos])
@@ -514,31 +628,45 @@ class Comparison(HasTraits):
         from faceid_nb.sweep import Sweep
         sweep, told = Sweep(faceid, axes, dict(fixed, face=faces[0])), [time.time()]
         def arrived(cell):
-            if time.time() - told[0] > 2: told[0] = time.time(); self.table = sweep.table(folder)
-        run_sweep(self.studio, faceid, sweep, folder, arrived); self.table = sweep.table(folder); left = sum(c.state == 'waiting' for c in sweep.cells)
+            if time.time() - told[0] > 2:
+                told[0] = time.time()
+                self.table = sweep.table(folder)
+        run_sweep(self.studio, faceid, sweep, folder, arrived)
+        self.table = sweep.table(folder)
+        left = sum(c.state == 'waiting' for c in sweep.cells)
         return f'stopped with {left} pictures to go: survey again to go on' if left else f'{len(sweep)} pictures surveyed'
     def search(self):
         "Begin: find the pair of weights with the best prompt adherence that reaches the target."
-        axes, fixed, folder, target = self._axes(), self._fixed('scale', 's_scale', 'seed'), self.folder, self.target; return self.studio.begin(lambda faceid, faces, people: self._search(axes, fixed, folder, target, faceid, faces))
+        axes, fixed, folder, target = self._axes(), self._fixed('scale', 's_scale', 'seed'), self.folder, self.target
+        return self.studio.begin(lambda faceid, faces, people: self._search(axes, fixed, folder, target, faceid, faces))
     def _search(self, axes, fixed, folder, target, faceid, faces):
         from faceid_nb.sweep import Sweep, find_settings
         s, made = self.studio, [0]
-        def on_step(step): made[0] += step.done == step.total; s.step, s.steps = step.done, step.total; s.status = f'searching, batch {made[0] + 1}'
+        def on_step(step):
+            made[0] += step.done == step.total
+            s.step, s.steps = step.done, step.total
+            s.status = f'searching, batch {made[0] + 1}'
         found = find_settings(faceid, faces[0], likeness=target, scales=axes['scale'], s_scales=axes.get('s_scale'), seeds=axes['seed'], folder=folder, progress=False, stop=s.worker.stopping, on_step=on_step, **fixed)
         if found is None: return 'stopped: search again to go on'
-        self.found, self.chosen, self.table = found, (found.scale, found.s_scale), Sweep(faceid, axes, dict(fixed, face=faces[0])).table(folder); at = f'scale {found.scale:g}' + f', s_scale {found.s_scale:g}'*('s_scale' in axes)
+        self.found, self.chosen, self.table = found, (found.scale, found.s_scale), Sweep(faceid, axes, dict(fixed, face=faces[0])).table(folder)
+        at = f'scale {found.scale:g}' + f', s_scale {found.s_scale:g}'*('s_scale' in axes)
         return f"a likeness of {target:.2f} is {'reached' if found.reached else 'not reached; nearest'} at {at}: likeness {found.likeness:.2f}, prompt adherence {found.adherence:.2f}, by {found.pictures} pictures"
     def use(self):
         "Put the chosen weights into the studio's settings."
-        if self.chosen is None: self.studio.worker.error = 'Nothing is chosen yet.'; return False
-        self.studio.scale, self.studio.s_scale = self.chosen; return True
+        if self.chosen is None:
+            self.studio.worker.error = 'Nothing is chosen yet.'
+            return False
+        self.studio.scale, self.studio.s_scale = self.chosen
+        return True
     def export(self, folder=None):
         "Write what there is: matrix and table as figures with their numbers, under names that are free. Returns the paths."
         from faceid_nb.plots import curves, export_figure, knob_heatmap, trade_off
         folder, out = Path(self.studio.folder if folder is None else folder), []
         if self.matrix is not None: out.append(export_figure(self.heatmap(), folder/f"{free_name(folder, 'similarity')}.png", self.matrix))
         if self.table is not None and len(self.table):
-            stem, by = free_name(folder, 'weights'), self.by; out.append(export_figure(trade_off(self.table, by=by, group='seed'), folder/f'{stem}_trade_off.png', self.table)); out.append(export_figure(curves(self.table, 'scale', group='seed', lines='s_scale'*(len(by) > 1) or None), folder/f'{stem}_curves.png'))
+            stem, by = free_name(folder, 'weights'), self.by
+            out.append(export_figure(trade_off(self.table, by=by, group='seed'), folder/f'{stem}_trade_off.png', self.table))
+            out.append(export_figure(curves(self.table, 'scale', group='seed', lines='s_scale'*(len(by) > 1) or None), folder/f'{stem}_curves.png'))
             if len(by) > 1: out.append(export_figure(knob_heatmap(self.table, group='seed'), folder/f'{stem}_likeness.png'))
         if not out: self.studio.worker.error = 'There is nothing to export yet.'
         return out
@@ -547,7 +675,9 @@ class Comparison(HasTraits):
         from faceid_nb.plots import similarity_heatmap
         return similarity_heatmap(self.matrix, owner=False if self.owner is None else self.owner, sides=('picture of, seed', 'photograph of'))
     @property
-    def by(self): "The weights that vary in the table."; return ('scale', 's_scale') if self.table is not None and self.table['s_scale'].nunique() > 1 else ('scale',)
+    def by(self):
+        "The weights that vary in the table."
+        return ('scale', 's_scale') if self.table is not None and self.table['s_scale'].nunique() > 1 else ('scale',)
 
 # %% ../nbs/16_studio.ipynb #922aaed9
 class Attention(HasTraits):
@@ -555,10 +685,13 @@ class Attention(HasTraits):
     layers, layer = List(), Unicode('all')      # their names, 'all' first; the one that is shown
     steps, step, tokens = Int(0), Int(0), Int(0)  # how many; the one that is shown, 0: the mean of all; how many
     image, limits = Any(None), Any((0., 1.))    # PIL; least and largest share that is shown
-    def __init__(self, studio=None, **traits): self.studio, self.record, self._paths = studio or Studio(), None, {}; super().__init__(**traits)
+    def __init__(self, studio=None, **traits):
+        self.studio, self.record, self._paths = studio or Studio(), None, {}
+        super().__init__(**traits)
     def run(self):
         "Begin: make one picture of the first person and keep the attention."
-        asked = dict(self.studio.asked(), num_samples=1); return self.studio.begin(lambda faceid, faces, people: self._work(asked, faceid, faces))
+        asked = dict(self.studio.asked(), num_samples=1)
+        return self.studio.begin(lambda faceid, faces, people: self._work(asked, faceid, faces))
     def _work(self, asked, faceid, faces):
         from faceid_nb.plots import _short
         at, follow = [], self.studio.follow(faceid)
@@ -567,20 +700,29 @@ class Attention(HasTraits):
             follow(step)
         images = faceid.generate(faces[:1], on_step=on_step, record=True, **asked)
         if not images: return 'stopped'
-        record = copy.copy(at[0]); record.at = record.tokens = record.nobody = record.key = record.kv = None   # the maps, without the model
+        # the maps, without the model
+        record = copy.copy(at[0])
+        record.at = record.tokens = record.nobody = record.key = record.kv = None
         if not record.maps: raise ArgumentError('There is no attention to see', 'the scale is 0, so no layer looked at the face', 'Choose a larger scale')
-        first = next(iter(record.maps.values())); self._paths = {_short(p): p for p in record.maps}
-        with self.hold_trait_notifications(): self.layer, self.step = self.layer if self.layer in self._paths else 'all', min(self.step, len(first)); self.layers, self.steps, self.tokens = ['all', *self._paths], len(first), first[0].shape[2]
+        first = next(iter(record.maps.values()))
+        self._paths = {_short(p): p for p in record.maps}
+        with self.hold_trait_notifications():
+            self.layer, self.step = self.layer if self.layer in self._paths else 'all', min(self.step, len(first))
+            self.layers, self.steps, self.tokens = ['all', *self._paths], len(first), first[0].shape[2]
         self.record, self.image = record, images[0]
         return f'{len(self._paths)} layers, {self.steps} steps, {self.tokens} tokens'
     def shares(self, side=256):  # (tokens, height, width)
         "What share of its attention over the identity tokens each place gives to each of them, in the layer and step that are shown."
         if self.record is None: raise ArgumentError('There is no attention to see', 'nothing was made yet', 'Run it first')
-        f = min(1, side/max(self.image.size)); size = round(self.image.height*f), round(self.image.width*f)
+        f = min(1, side/max(self.image.size))
+        size = round(self.image.height*f), round(self.image.width*f)
         return self.record.attention_maps(size, None if self.layer == 'all' else [self._paths[self.layer]], slice(self.step - 1, self.step) if self.step else slice(None))[0].numpy()
     def overlays(self, side=256) -> list:  # a picture for each token
         "The shares as colours over the grey picture, all on one scale, which is told by `limits`."
         import matplotlib
-        maps = self.shares(side); low, high = float(maps.min()), float(max(maps.max(), maps.min() + 1e-6)); self.limits = low, high
-        grey = np.asarray(self.image.convert('L').resize(maps.shape[:0:-1]), np.float32)[..., None]/255; colours = matplotlib.colormaps['viridis']((maps - low)/(high - low))[..., :3]
+        maps = self.shares(side)
+        low, high = float(maps.min()), float(max(maps.max(), maps.min() + 1e-6))
+        self.limits = low, high
+        grey = np.asarray(self.image.convert('L').resize(maps.shape[:0:-1]), np.float32)[..., None]/255
+        colours = matplotlib.colormaps['viridis']((maps - low)/(high - low))[..., :3]
         return [Image.fromarray(np.uint8(255*(.7*c + .3*grey)).copy()) for c in colours]

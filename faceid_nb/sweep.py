@@ -25,7 +25,9 @@ def digest(*parts) -> str:  # 64 hex digits
     "SHA-256 of bytes and texts, each set apart from the next."
     h = hashlib.sha256()
     for p in parts:
-        b = p if isinstance(p, (bytes, bytearray, memoryview)) else str(p).encode(); h.update(f'{len(b)}:'.encode()); h.update(b)
+        b = p if isinstance(p, (bytes, bytearray, memoryview)) else str(p).encode()
+        h.update(f'{len(b)}:'.encode())
+        h.update(b)
     return h.hexdigest()
 
 def identify(value):
@@ -105,7 +107,9 @@ class Cell:
         "The picture, read from its file; None where there is none."
         if self.picture is not None or self.file is None: return self.picture
         with Image.open(self.file) as image: image.load()
-        image.info['faceid_nb'] = json.loads(image.info.get('faceid_nb', '{}')); return image   # as it was when it was made
+        # as it was when it was made
+        image.info['faceid_nb'] = json.loads(image.info.get('faceid_nb', '{}'))
+        return image
 
 def as_axis(name, values) -> dict:  # label -> value
     "The values of an axis with a label each."
@@ -115,7 +119,8 @@ def as_axis(name, values) -> dict:  # label -> value
         stem = lambda v, i: v if name not in ('face', 'structure') and isinstance(v, str) else Path(v).stem if isinstance(v, (str, os.PathLike)) else f'{name} {i}' if name in ('face', 'structure') or not isinstance(v, (int, float, np.number)) else str(v)
         pairs = [(stem(v, i), v) for i, v in enumerate(values)]
     if not pairs: raise ArgumentError(f'The axis {name} is empty', '', 'Give at least one value')
-    labels = [p[0] for p in pairs]; twice = sorted({l for l in labels if labels.count(l) > 1})
+    labels = [p[0] for p in pairs]
+    twice = sorted({l for l in labels if labels.count(l) > 1})
     if twice: raise ArgumentError(f'The axis {name} has {twice[0]!r} more than once', f'{len(pairs)} values', 'Leave one out, or give a dictionary with labels of your own')
     return dict(pairs)
 
@@ -129,7 +134,8 @@ def check_names(names, model):
     for name in names:
         if name == 'num_samples': raise ArgumentError('A cell is one picture, so num_samples is not taken', '', 'Sweep over seed instead: seed=[0, 1, 2, 3]')
         if name in ours or any(name in inspect.signature(k.__call__).parameters for k in kinds): continue
-        near = difflib.get_close_matches(name, ours, 2); raise ArgumentError(f'There is no argument {name!r}', 'Neither generate nor the pipeline knows it', f'Perhaps {" or ".join(near)}' if near else 'Leave it out')
+        near = difflib.get_close_matches(name, ours, 2)
+        raise ArgumentError(f'There is no argument {name!r}', 'Neither generate nor the pipeline knows it', f'Perhaps {" or ".join(near)}' if near else 'Leave it out')
 
 # %% ../nbs/14_sweep.ipynb #8521183e
 def out_of_memory(e) -> bool:
@@ -145,7 +151,8 @@ def generate_cells(
     "Generator of (cells, pictures or the exception, how many fit into memory): the batch whole, or in halves."
     queue, fits = [list(cells)], len(cells)
     while queue:
-        part = queue.pop(0); rows = {k: [c.arguments[k] for c in part] for k in ROWWISE}
+        part = queue.pop(0)
+        rows = {k: [c.arguments[k] for c in part] for k in ROWWISE}
         if rows['negative_prompt'] == [None]*len(part): rows['negative_prompt'] = None
         elif None in rows['negative_prompt']: rows['negative_prompt'] = [model.negative_prompt if n is None else n for n in rows['negative_prompt']]
         try: images = model.generate(rows.pop('face'), [p if p is not None else _default_prompt() for p in rows.pop('prompt')], num_samples=1, on_step=on_step, **rows, **shared)
@@ -154,12 +161,16 @@ def generate_cells(
             if half: queue[:0] = [part[:half], part[half:]]
             else: yield part, e, fits
             if out_of_memory(e): _free_memory(model)
-            if half and out_of_memory(e): fits = half; queue = [q[i:i + fits] for q in queue for i in range(0, len(q), fits)]
+            if half and out_of_memory(e):
+                fits = half
+                queue = [q[i:i + fits] for q in queue for i in range(0, len(q), fits)]
             continue
         if len(images) < len(part): return   # stopped
         yield part, images, fits
 
-def _default_prompt(): from faceid_nb.faceid import PROMPT; return PROMPT
+def _default_prompt():
+    from faceid_nb.faceid import PROMPT
+    return PROMPT
 
 def _free_memory(model):
     import torch
@@ -172,7 +183,8 @@ _loading = threading.Lock()
 @lru_cache(1)
 def _load(recipe):
     from faceid_nb.models import load
-    model = load(**dict(recipe)); model.pipe.set_progress_bar_config(disable=True)
+    model = load(**dict(recipe))
+    model.pipe.set_progress_bar_config(disable=True)
     return model, threading.Lock()
 
 def _loaded(recipe):
@@ -183,7 +195,9 @@ def find_scoring(reader, judge=True):
     "(judge, its name). Where the second recogniser is missing, the steering one scores, which flatters: the name says so."
     from faceid_nb.measure import find_judge
     if judge is not True: return judge, 'steering recogniser' if judge is False else getattr(judge, 'name', '') or str(judge)
-    try: judge = find_judge(reader); return judge, judge.name or 'judge'
+    try:
+        judge = find_judge(reader)
+        return judge, judge.name or 'judge'
     except PackMissingError: return False, 'steering recogniser'
 
 def make_batch(
@@ -205,13 +219,15 @@ def make_batch(
             (done if wrong else good).append(replace(c, arguments=c.arguments | dict(face=face), error=wrong, state='failed' if wrong else 'waiting'))
         began = time.perf_counter()
         for part, made, fits in generate_cells(model, good, shared, on_step) if good else ():
-            failed = isinstance(made, Exception); each = (time.perf_counter() - began)/len(part)
+            failed = isinstance(made, Exception)
+            each = (time.perf_counter() - began)/len(part)
             for i, c in enumerate(part):
                 c.seconds, c.device, c.state = each, str(model.pipe.device), 'failed' if failed else 'done'
                 if failed: c.error = str(made) if isinstance(made, FaceIDError) else f'{type(made).__name__}: {str(made)[:300]}'
                 else: c.picture = made[i]
             if measure and not failed: _measure(model, part, judge, find_scorer(model) if scorer is None else scorer or None)
-            done += part; began = time.perf_counter()
+            done += part
+            began = time.perf_counter()
     return [replace(c, arguments=None) for c in done], max(fits, 1)   # a worker sends back results, not photographs
 
 # %% ../nbs/14_sweep.ipynb #5587b763
@@ -232,13 +248,17 @@ def _read_face(reader, photo, which):
 def _measure(model, cells, judge, scorer):
     "Write likeness, distance and adherence into cells that have pictures."
     from faceid_nb.measure import measure_pictures, prompt_adherence
-    cells = [c for c in cells if isinstance(c.picture, Image.Image)]; seen = [c for c in cells if _has_picture(c.arguments['face'])]
+    cells = [c for c in cells if isinstance(c.picture, Image.Image)]
+    seen = [c for c in cells if _has_picture(c.arguments['face'])]
     if seen and model.reader is not None:
-        judge, name = find_scoring(model.reader, judge); found = measure_pictures([c.arguments['face'] for c in seen], [c.picture for c in seen], None, judge, model.reader, each=True)
+        judge, name = find_scoring(model.reader, judge)
+        found = measure_pictures([c.arguments['face'] for c in seen], [c.picture for c in seen], None, judge, model.reader, each=True)
         for i, c in enumerate(seen): c.likeness, c.distance, c.judge = float(found['likeness'][i]), float(found['distance'][i]), name
     if scorer is None or not cells: return
     try: scores = prompt_adherence([c.arguments['prompt'] or '' for c in cells], [c.picture for c in cells], scorer)
-    except FaceIDError as e: warnings.warn(f'Prompt adherence is not measured. {e}', stacklevel=2); return
+    except FaceIDError as e:
+        warnings.warn(f'Prompt adherence is not measured. {e}', stacklevel=2)
+        return
     for c, s in zip(cells, scores): c.adherence = float(s)
 
 def _has_picture(face): return all(_has_picture(f) for f in face) if isinstance(face, (list, tuple)) else isinstance(face, Face) and face.image is not None
@@ -252,11 +272,14 @@ class Shelf:
     def __init__(self, folder):
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir(): raise ArgumentError('The results need a folder', f'{folder} is a file', 'Choose another name')
-        (self.folder/'pictures').mkdir(parents=True, exist_ok=True); self.db = sqlite3.connect(self.folder/'cells.sqlite', timeout=60)
+        (self.folder/'pictures').mkdir(parents=True, exist_ok=True)
+        self.db = sqlite3.connect(self.folder/'cells.sqlite', timeout=60)
         try:
             self.db.execute('PRAGMA journal_mode=WAL')
             with self.db: self.db.execute(f'CREATE TABLE IF NOT EXISTS cells (key TEXT PRIMARY KEY, parameters TEXT, file TEXT, made REAL, {", ".join(_RESULTS)})')
-        except sqlite3.DatabaseError as e: self.db.close(); raise ArgumentError(f'{self.folder.name}/cells.sqlite is not a table of cells', str(e), 'Choose another folder; the pictures in this one carry their parameters themselves') from e
+        except sqlite3.DatabaseError as e:
+            self.db.close()
+            raise ArgumentError(f'{self.folder.name}/cells.sqlite is not a table of cells', str(e), 'Choose another folder; the pictures in this one carry their parameters themselves') from e
     def __enter__(self): return self
     def __exit__(self, *_): self.db.close()
     def finished(self) -> dict:  # key -> row, of cells that are done and whose picture is there
@@ -268,14 +291,18 @@ class Shelf:
         from faceid_nb.faceid import save_png
         if isinstance(cell.picture, Image.Image):
             found = {k: v for k in ('likeness', 'distance', 'adherence') if not math.isnan(v := getattr(cell, k))}
-            cell.file = save_png(cell.picture, self.folder/'pictures'/f'{cell.key[:32]}.png', cell=dict(key=cell.key, parameters=cell.parameters), **found); cell.picture = None
+            cell.file = save_png(cell.picture, self.folder/'pictures'/f'{cell.key[:32]}.png', cell=dict(key=cell.key, parameters=cell.parameters), **found)
+            cell.picture = None
         row = [cell.key, json.dumps(dict(number=cell.number) | cell.parameters), cell.file and str(cell.file.relative_to(self.folder)), time.time(), *(None if isinstance(v := getattr(cell, k), float) and math.isnan(v) else v for k in _RESULTS)]
         with self.db: self.db.execute(f'INSERT OR REPLACE INTO cells VALUES ({", ".join("?"*len(row))})', row)
     def table(self, keys=None):
         "A pandas DataFrame, a row a cell: parameters, results, and `image`, the PNG's path."
         import pandas as pd
-        names = ('key', 'parameters', 'file', 'made', *_RESULTS); rows = [dict(zip(names, r)) for r in self.db.execute('SELECT * FROM cells').fetchall()]
-        if keys is not None: place = {k: i for i, k in enumerate(keys)}; rows = sorted((r for r in rows if r['key'] in place), key=lambda r: place[r['key']])
+        names = ('key', 'parameters', 'file', 'made', *_RESULTS)
+        rows = [dict(zip(names, r)) for r in self.db.execute('SELECT * FROM cells').fetchall()]
+        if keys is not None:
+            place = {k: i for i, k in enumerate(keys)}
+            rows = sorted((r for r in rows if r['key'] in place), key=lambda r: place[r['key']])
         rows = [json.loads(r.pop('parameters')) | r | dict(image=r['file'] and self.folder/r['file']) for r in rows]
         out = pd.DataFrame(rows).drop(columns='file', errors='ignore')
         for k in _SCORES: out[k] = out[k].astype(float) if k in out else np.nan
@@ -322,43 +349,56 @@ def run_here(sweep, cells, size, bar, on_step=None):
     "Generator of lists of finished cells, batch after batch in this process."
     queue = batches(cells, size)
     while queue and not sweep.stopped:
-        model, shared, part = queue.pop(0); before = bar.n
+        model, shared, part = queue.pop(0)
+        before = bar.n
         sweep.working = faceid = _loaded(_recipe(model, sweep.load))[0] if isinstance(model, str) else model
         def told(step):
-            bar.n = before + round(len(part)*min(step.done/step.total, .99), 2); bar.refresh()
+            bar.n = before + round(len(part)*min(step.done/step.total, .99), 2)
+            bar.refresh()
             if on_step: on_step(step)
         done, fits = make_batch(faceid, part, shared, sweep.judge, sweep.scorer, sweep.measure, on_step=told if on_step or not bar.disable else None)
         sweep.working, bar.n = None, before
-        if fits < len(part): size = fits; queue = smaller(queue, size)
+        if fits < len(part):
+            size = fits
+            queue = smaller(queue, size)
         yield done
 
 # %% ../nbs/14_sweep.ipynb #6fabb22b
 def run_on(sweep, cells, size, executor):
     "Generator of lists of finished cells, made on an executor. A batch that is lost with its worker is given out again, twice at most."
-    make = None if hasattr(executor, 'submit') else executor; pool = make() if make else executor
+    make = None if hasattr(executor, 'submit') else executor
+    pool = make() if make else executor
     queue, pending = [(b, 0) for b in batches(cells, size)], {}
     def submit(batch, tries):
-        model, shared, part = batch; workers = getattr(pool, '_max_workers', None); threads = max(1, (os.cpu_count() or 1)//workers) if isinstance(pool, cf.ProcessPoolExecutor) else None
+        model, shared, part = batch
+        workers = getattr(pool, '_max_workers', None)
+        threads = max(1, (os.cpu_count() or 1)//workers) if isinstance(pool, cf.ProcessPoolExecutor) else None
         light = [replace(c, arguments={k: _portable(v) if k == 'face' else v for k, v in c.arguments.items() if k != 'model'}) for c in part]
         pending[pool.submit(make_batch, _recipe(model, sweep.load), light, shared, sweep.judge, sweep.scorer, sweep.measure, threads)] = batch, tries
     try:
         while (queue or pending) and not sweep.stopped:
             try:
-                while queue and len(pending) < 2*(getattr(pool, '_max_workers', None) or 8): submit(*queue[0]); queue.pop(0)
+                while queue and len(pending) < 2*(getattr(pool, '_max_workers', None) or 8):
+                    submit(*queue[0])
+                    queue.pop(0)
                 ready = cf.wait(pending, .5, cf.FIRST_COMPLETED).done
                 for f in sorted(ready, key=lambda f: f.exception() is not None):   # results first
                     if isinstance(f.exception(), cf.BrokenExecutor): raise f.exception()
-                    batch, tries = pending.pop(f); e = f.exception()
+                    batch, tries = pending.pop(f)
+                    e = f.exception()
                     if e is None:
                         done, fits = f.result()
-                        if fits < min(size, len(batch[2])): size = fits; queue = [(b, t) for batch, t in queue for b in smaller([batch], size)]
+                        if fits < min(size, len(batch[2])):
+                            size = fits
+                            queue = [(b, t) for batch, t in queue for b in smaller([batch], size)]
                         yield done
                     elif tries < 2: queue.append((batch, tries + 1))
                     else: yield [replace(c, state='failed', error=f'It was given to three workers: {type(e).__name__}: {str(e)[:300]}') for c in batch[2]]
             except cf.BrokenExecutor as e:
                 queue, pending = [(b, t + 1) for b, t in pending.values()] + queue, {}
                 if make is None or queue[0][1] > 2: raise FaceIDError('A worker process died, and its executor with it', f'{sum(len(b[2]) for b, _ in queue)} cells are not made', 'Run again: finished cells are kept. In place of an executor, a function that makes one is called again by itself') from e
-                pool.shutdown(wait=False); pool = make()
+                pool.shutdown(wait=False)
+                pool = make()
     finally:
         for f in pending: f.cancel()
         if make: pool.shutdown(wait=True, cancel_futures=True)
@@ -385,12 +425,16 @@ class Sweep:
             check_names([*self.axes, *fixed], m)
         if 'face' not in (*self.axes, *fixed): raise ArgumentError('No face was given', f'The axes are {", ".join(self.axes)}', 'Give face=photograph in fixed=, or an axis face=[...]')
         self.judge, self.scorer, self.measure, self.stopped, self.working = judge, scorer, measure, False, None
-        hashes = {id(m): weights_hash(m, **self.load) if isinstance(m, str) else weights_hash(m) for m in models}; self._named = {}
+        hashes = {id(m): weights_hash(m, **self.load) if isinstance(m, str) else weights_hash(m) for m in models}
+        self._named = {}
         self.cells = [self._cell(i, dict(zip(self.axes, pairs)), model, fixed, hashes) for i, pairs in enumerate(itertools.product(*(a.items() for a in self.axes.values())))]
     def _cell(self, number, chosen, model, fixed, hashes):
-        given = {'model': model, **DEFAULTS, **fixed, **{k: v for k, (_, v) in chosen.items()}}; model = given['model']
+        given = {'model': model, **DEFAULTS, **fixed, **{k: v for k, (_, v) in chosen.items()}}
+        model = given['model']
         for k, kind in NUMBERS.items():
-            try: given[k] = kind(given[k]); ok = math.isfinite(given[k])
+            try:
+                given[k] = kind(given[k])
+                ok = math.isfinite(given[k])
             except (TypeError, ValueError): ok = False
             if not ok: raise ArgumentError(f'{k} must be a number', f'{given[k]!r}', 'Give finite numbers')
         known = {k: self._name(k, v) for k, v in given.items() if k != 'model'}
@@ -421,7 +465,8 @@ class Sweep:
     ):
         "Generator of finished `Cell`s, those of an earlier run first (`kept`). Cells that failed before are tried again. What is yielded is on the disk."
         from tqdm.auto import tqdm
-        cells = self.cells if cells is None else list(cells); self.stopped, mine = False, {}
+        cells = self.cells if cells is None else list(cells)
+        self.stopped, mine = False, {}
         size = min(map(default_batch, {id(c.arguments['model']): c.arguments['model'] for c in self.cells}.values())) if batch_size is None else batch_size
         if int(size) != size or size < 1: raise ArgumentError('batch_size must be a whole number from 1', f'{batch_size}')
         for c in cells: mine.setdefault(c.key, []).append(c)   # two cells may be the same picture
@@ -431,13 +476,16 @@ class Sweep:
                 for c in mine[key]:
                     for k, v in results.items(): setattr(c, k, math.nan if v is None and k in _SCORES else v)
                     c.kept = kept
-                bar.update(); return mine[key][0]
+                bar.update()
+                return mine[key][0]
             for key in [k for k in mine if k in there]: yield settle(key, True, **there[key] | dict(file=shelf.folder/there[key]['file']))
             waiting = [same[0] for k, same in mine.items() if k not in there]
             for done in run_here(self, waiting, size, bar, on_step) if executor is None else run_on(self, waiting, size, executor):
                 for c in done: shelf.put(c)
                 for c in done:
-                    failed += c.state == 'failed'; bar.set_postfix_str(f'{failed} failed'*bool(failed)); yield settle(c.key, False, file=c.file, **{k: getattr(c, k) for k in _RESULTS})
+                    failed += c.state == 'failed'
+                    bar.set_postfix_str(f'{failed} failed'*bool(failed))
+                    yield settle(c.key, False, file=c.file, **{k: getattr(c, k) for k in _RESULTS})
 
 # %% ../nbs/14_sweep.ipynb #5390869e
 @dataclass
@@ -467,8 +515,10 @@ def find_settings(
     import pandas as pd
     from faceid_nb.models import MODELS
     variant = MODELS[model].variant if isinstance(model, str) and model in MODELS else getattr(getattr(model, 'adapter', None), 'variant', '')
-    scales = sorted(float(s) for s in (np.arange(1, 13)/10 if scales is None else scales)); s_scales = [float(s) for s in ((0., .5, 1.) if variant == 'plusv2' else (1.,)) ] if s_scales is None else list(map(float, s_scales))
-    sweep = Sweep(model, dict(s_scale=s_scales, scale=scales, seed=list(seeds)), dict(fixed, face=face, prompt=prompt), load=load, judge=judge, scorer=scorer); rows = {}
+    scales = sorted(float(s) for s in (np.arange(1, 13)/10 if scales is None else scales))
+    s_scales = [float(s) for s in ((0., .5, 1.) if variant == 'plusv2' else (1.,)) ] if s_scales is None else list(map(float, s_scales))
+    sweep = Sweep(model, dict(s_scale=s_scales, scale=scales, seed=list(seeds)), dict(fixed, face=face, prompt=prompt), load=load, judge=judge, scorer=scorer)
+    rows = {}
     def stopped(): return stop is not None and stop.is_set()
     def told(step):
         if stopped(): sweep.stop()
@@ -494,5 +544,6 @@ def find_settings(
     if len(errors) == sum(map(len, rows.values())): raise FaceIDError('No picture could be made', errors[0], 'Try one call of generate with these arguments')
     mean = lambda v: float(np.mean(v)) if len(v) else math.nan
     table = pd.DataFrame([dict(s_scale=s, scale=a, likeness=mean(np.nan_to_num([r[0] for r in v])), adherence=mean([r[1] for r in v if not math.isnan(r[1])]), pictures=len(v)) for (s, a), v in sorted(rows.items())])
-    good = table[table.likeness >= likeness]; best = (good.sort_values(['adherence', 'scale'], ascending=[False, True]) if len(good) else table.sort_values('likeness', ascending=False)).iloc[0]
+    good = table[table.likeness >= likeness]
+    best = (good.sort_values(['adherence', 'scale'], ascending=[False, True]) if len(good) else table.sort_values('likeness', ascending=False)).iloc[0]
     return Found(float(best.scale), float(best.s_scale), float(best.likeness), float(best.adherence), len(good) > 0, int(table.pictures.sum()), table)

@@ -29,11 +29,13 @@ class Groups:
         held=0,    # so many people, the last ones, are kept out of the training
         same=False,  # True: partner is the picture itself. For showing what goes wrong
     ):
-        person = torch.as_tensor(person); self.same = same
+        person = torch.as_tensor(person)
+        self.same = same
         _, group, count = person.unique(return_inverse=True, return_counts=True)
         self.order = group.argsort(stable=True)                 # pictures, person by person
         self.first, self.count, self.group = count.cumsum(0) - count, count, group
-        self.place = torch.empty_like(self.order); self.place[self.order] = torch.arange(len(group))
+        self.place = torch.empty_like(self.order)
+        self.place[self.order] = torch.arange(len(group))
         if not 0 <= held < len(count): raise ArgumentError(f'{held} people are to be held out', f'there are {len(count)}', 'Leave some to train on')
         self.held, self.rows = self.order[group[self.order] >= len(count) - held], self.order[group[self.order] < len(count) - held]
         alone = int((count == 1).sum())
@@ -46,8 +48,10 @@ class Groups:
         "Another picture of the same person, all others equally likely: (B,), or (B,several)"
         if self.same: return i if several is None else i[:, None].expand(-1, several)
         k = several or 1
-        g = self.group[i]; n, at = self.count[g][:, None], (self.place[i] - self.first[g])[:, None]
-        start = (u[:, None]*(n - 1)).long().clamp(max=(n - 2).clamp(min=0)); others = (n - 1).clamp(min=1)
+        g = self.group[i]
+        n, at = self.count[g][:, None], (self.place[i] - self.first[g])[:, None]
+        start = (u[:, None]*(n - 1)).long().clamp(max=(n - 2).clamp(min=0))
+        others = (n - 1).clamp(min=1)
         step = torch.where(n > 1, 1 + (start + torch.arange(k, device=i.device)) % others, 0)
         j = self.order[self.first[g][:, None] + (at + step) % n]                                # (B,k)
         return j[:, 0] if several is None else j
@@ -68,17 +72,25 @@ class LatentTable:
         scores=None,     # (M,k) pose and mood in numbers; only a structure loss needs them
         held=0, same=False,  # see `Groups`
     ):
-        self.crops, self.several, self.scores = crops, several, scores; n, m = len(latents), len(embeds); self.latents, self.ids, self.embeds, self.boxes, self.landmarks = latents, ids, embeds, boxes, landmarks
+        self.crops, self.several, self.scores = crops, several, scores
+        n, m = len(latents), len(embeds)
+        self.latents, self.ids, self.embeds, self.boxes, self.landmarks = latents, ids, embeds, boxes, landmarks
         for name, x, k in (('ids', ids[0], n), ('person', person, m), ('boxes', boxes, n), ('landmarks', landmarks, n), ('rows', rows, n), ('embeds', embeds, n if rows is None else m), ('crops', crops, m), ('scores', scores, m)):
             if x is not None and len(x) != k: raise ArgumentError(f'{name} has {len(x)} rows', f'there are {n} latents and {m} embeddings', 'Make them from the same pictures')
-        self.groups = Groups(person, held, same); self.at = torch.arange(m)
+        self.groups = Groups(person, held, same)
+        self.at = torch.arange(m)
         if rows is None: return
         if not 0 <= int(rows.min()) <= int(rows.max()) < m: raise ArgumentError('rows point outside the embeddings', f'up to {int(rows.max())} of {m}', 'Embed all photographs')
-        self.at = torch.full((m,), -1); self.at[rows] = torch.arange(n)
-        for part in ('rows', 'held'): k = getattr(self.groups, part); setattr(self.groups, part, k[self.at[k] >= 0])
+        self.at = torch.full((m,), -1)
+        self.at[rows] = torch.arange(n)
+        for part in ('rows', 'held'):
+            k = getattr(self.groups, part)
+            setattr(self.groups, part, k[self.at[k] >= 0])
     def __len__(self): return len(self.latents)
     def __getitem__(self, at):
-        i, u = at; k, j = (u[:, 1]*len(self.ids)).long().clamp(max=len(self.ids) - 1), self.at[i]; unit = lambda e: F.normalize(e.float(), dim=-1)
+        i, u = at
+        k, j = (u[:, 1]*len(self.ids)).long().clamp(max=len(self.ids) - 1), self.at[i]
+        unit = lambda e: F.normalize(e.float(), dim=-1)
         batch = dict(latents=self.latents[j].float(), ids=self.ids[k, j].long(), embeds=unit(self.embeds[self.groups.partner(i, u[:, 0], self.several)]), own=unit(self.embeds[i]))
         batch |= {k: v[i] for k, v in dict(crops=self.crops, scores=self.scores).items() if v is not None}
         return batch | {k: v[j].float() for k, v in dict(boxes=self.boxes, landmarks=self.landmarks).items() if v is not None}
@@ -120,12 +132,17 @@ def read_faces(
     "[dict(embedding, box, landmarks, size) or None where no face was found], one for each file."
     from tqdm.auto import tqdm
     from faceid_nb.face import read_image
-    known = torch.load(cache, weights_only=True) if cache and Path(cache).exists() else {}; out, new = [], 0
+    known = torch.load(cache, weights_only=True) if cache and Path(cache).exists() else {}
+    out, new = [], 0
     for f in tqdm(files, disable=not progress, desc='reading faces'):
-        s = f.stat(); key = f'{f.resolve()} {s.st_size} {s.st_mtime_ns} {getattr(reader, "name", "")}'
+        s = f.stat()
+        key = f'{f.resolve()} {s.st_size} {s.st_mtime_ns} {getattr(reader, "name", "")}'
         if key not in known:
-            image = read_image(f); new += 1
-            try: face = reader.best(image); known[key] = {k: torch.as_tensor(getattr(face, k), dtype=torch.float32) for k in ('embedding', 'box', 'landmarks')}
+            image = read_image(f)
+            new += 1
+            try:
+                face = reader.best(image)
+                known[key] = {k: torch.as_tensor(getattr(face, k), dtype=torch.float32) for k in ('embedding', 'box', 'landmarks')}
             except NoFaceError: known[key] = None
         out.append(known[key])
     if cache and new:
@@ -144,17 +161,23 @@ class PhotoFolder:
         several=None,                 # Portrait: embeddings of so many other photographs
         held=0, same=False, progress=False,
     ):
-        self.crops, self.several = crops, several; people = photo_files(folder); files = [f for fs in people.values() for f in fs]; person = [i for i, fs in enumerate(people.values()) for _ in fs]
-        faces = read_faces(files, reader, cache, progress); keep = [k for k, f in enumerate(faces) if f is not None]
+        self.crops, self.several = crops, several
+        people = photo_files(folder)
+        files = [f for fs in people.values() for f in fs]
+        person = [i for i, fs in enumerate(people.values()) for _ in fs]
+        faces = read_faces(files, reader, cache, progress)
+        keep = [k for k, f in enumerate(faces) if f is not None]
         if not keep: raise NoFaceError('No face was found in any photograph', f'{len(files)} pictures in {folder}', 'Look at them: one clear face each')
         if len(keep) < len(files): warnings.warn(f'{len(files) - len(keep)} of {len(files)} photographs show no face and are left out, {files[next(k for k, f in enumerate(faces) if f is None)].name} first', stacklevel=2)
         self.files, self.faces, self.size = [files[k] for k in keep], [faces[k] for k in keep], size
         self.groups = Groups([person[k] for k in keep], held, same)
         text = lambda f: f.with_suffix('.txt').read_text().strip() if f.with_suffix('.txt').exists() else caption
-        self.captions = [text(f) for f in self.files]; self.ids = caption_ids(tokenizer, self.captions)
+        self.captions = [text(f) for f in self.files]
+        self.ids = caption_ids(tokenizer, self.captions)
     def __len__(self): return len(self.files)
     def __getitem__(self, at):
-        i, u = at; unit = lambda rows: F.normalize(torch.stack([self.faces[k]['embedding'].flatten() for k in rows.flatten().tolist()]).unflatten(0, rows.shape), dim=-1)
+        i, u = at
+        unit = lambda rows: F.normalize(torch.stack([self.faces[k]['embedding'].flatten() for k in rows.flatten().tolist()]).unflatten(0, rows.shape), dim=-1)
         pixels, boxes, landmarks = zip(*(self.picture(k) for k in i.tolist()))
         batch = dict(pixels=torch.stack(pixels), boxes=torch.stack(boxes), landmarks=torch.stack(landmarks), ids=self.ids[i], embeds=unit(self.groups.partner(i, u[:, 0], self.several)), own=unit(i))
         return batch | (dict(crops=torch.stack([self.crop(k) for k in i.tolist()])) if self.crops else {})
@@ -167,7 +190,8 @@ class PhotoFolder:
         "Picture k as a square (3,size,size) in -1..1, with box and landmarks as parts of its side."
         from PIL import Image
         from faceid_nb.face import read_image
-        face, image = self.faces[k], Image.fromarray(read_image(self.files[k])); x0, y0, x1, y1 = square(image.size, face['box'])
+        face, image = self.faces[k], Image.fromarray(read_image(self.files[k]))
+        x0, y0, x1, y1 = square(image.size, face['box'])
         pixels = torch.frombuffer(bytearray(image.resize((self.size,)*2, Image.Resampling.LANCZOS, (x0, y0, x1, y1)).tobytes()), dtype=torch.uint8)
         here = lambda p: (p.view(-1, 2) - torch.tensor([x0, y0], dtype=torch.float32))/(x1 - x0)
         return pixels.view(self.size, self.size, 3).permute(2, 0, 1)/127.5 - 1, here(face['box'][:4]).flatten(), here(face['landmarks'])
@@ -177,7 +201,8 @@ def square(
     box,   # x0, y0, x1, y1 of the face
 ):
     "The largest square inside the picture, moved so that the face is as near its middle as can be: x0, y0, x1, y1."
-    side = min(size); start = [min(max(float(box[k] + box[k + 2])/2 - side/2, 0.), size[k] - side) for k in (0, 1)]
+    side = min(size)
+    start = [min(max(float(box[k] + box[k + 2])/2 - side/2, 0.), size[k] - side) for k in (0, 1)]
     return round(start[0]), round(start[1]), round(start[0]) + side, round(start[1]) + side
 
 def caption_ids(tokenizer, texts):
@@ -194,10 +219,13 @@ def add_noise(
     high=0.,      # share of rows with strong noise, the last four tenths of the steps; the others as before
 ):
     "Noisy latents, steps, the noise: x_t (B,C,h,w), t (B,), (B,C,h,w)"
-    n, T = len(z), len(alpha_bar); r = lambda *s: torch.randn(*s, generator=g)
+    n, T = len(z), len(alpha_bar)
+    r = lambda *s: torch.randn(*s, generator=g)
     if t is None: t = torch.where(torch.rand(n, generator=g) < .6, torch.sigmoid(r(n)), torch.rand(n, generator=g)).mul(T).long().clamp(max=T - 1)
     if high: t = torch.where(torch.rand(n, generator=g) < high, (T*(.6 + .4*torch.rand(n, generator=g))).long().clamp(max=T - 1), t)
-    noise = (r(*z.shape) + offset*r(*z.shape[:2], 1, 1)).to(z.device); t = t.to(z.device); a = alpha_bar[t].view(-1, 1, 1, 1)
+    noise = (r(*z.shape) + offset*r(*z.shape[:2], 1, 1)).to(z.device)
+    t = t.to(z.device)
+    a = alpha_bar[t].view(-1, 1, 1, 1)
     return a.sqrt()*z + (1 - a).sqrt()*noise, t, noise
 
 def target_and_weight(x, noise, t, alpha_bar, prediction='epsilon', cap=20.):
@@ -214,7 +242,9 @@ def face_map(
     outside=1.,
 ):
     "How much each place counts: (B,1,h,w)"
-    b = boxes.view(-1, 4, 1, 1); x = ((torch.arange(w, device=b.device) + .5)/w).view(1, 1, -1); y = ((torch.arange(h, device=b.device) + .5)/h).view(1, -1, 1)
+    b = boxes.view(-1, 4, 1, 1)
+    x = ((torch.arange(w, device=b.device) + .5)/w).view(1, 1, -1)
+    y = ((torch.arange(h, device=b.device) + .5)/h).view(1, -1, 1)
     face = (x > b[:, 0]) & (x < b[:, 2]) & (y > b[:, 1]) & (y < b[:, 3])
     return torch.where(face, inside, outside).unsqueeze(1)
 
@@ -230,7 +260,8 @@ def drop_out(
     drop=(.05, .05, .05),  # chance of losing the caption, the identity, both
 ):
     "Captions and embeddings with some rows emptied."
-    c, i, b = drop; u = u.to(ids.device)
+    c, i, b = drop
+    u = u.to(ids.device)
     return torch.where(((u < c) | (u >= c + i) & (u < c + i + b))[:, None], empty.to(ids.device), ids), embeds*((u < c) | (u >= c + i + b)).float().view(-1, *[1]*(embeds.ndim - 1))
 
 # %% ../nbs/18_train.ipynb #8509077e
@@ -255,7 +286,9 @@ class Gauge:
         text,          # (B,L,d) their captions, encoded
         alpha_bar, prediction='epsilon', t=900, seed=0,
     ):
-        g = torch.Generator().manual_seed(seed); z = batch['latents']; self.text, self.embeds, n = text, batch['embeds'], len(z)
+        g = torch.Generator().manual_seed(seed)
+        z = batch['latents']
+        self.text, self.embeds, n = text, batch['embeds'], len(z)
         self.x, self.t, noise = add_noise(z, alpha_bar, g, t=torch.full((n,), t*len(alpha_bar)//1000))
         self.target, self.weight = target_and_weight(self.x, noise, self.t, alpha_bar, prediction, cap=float('inf'))
         self.place = face_map(batch['boxes'], *z.shape[-2:], 1., 0.) if 'boxes' in batch else torch.ones_like(z[:, :1])
@@ -273,7 +306,8 @@ def estimate(
     alpha_bar, prediction='epsilon',
 ):
     "The clean latents that an answer means: (B,C,h,w)"
-    a = alpha_bar[t].view(-1, 1, 1, 1); p = predicted.float()
+    a = alpha_bar[t].view(-1, 1, 1, 1)
+    p = predicted.float()
     return (x - (1 - a).sqrt()*p)/a.sqrt() if prediction == 'epsilon' else a.sqrt()*x - (1 - a).sqrt()*p
 
 def likeness_loss(
@@ -306,11 +340,15 @@ def structure_loss(
 # %% ../nbs/18_train.ipynb #741c6540
 def _corner(t, like):
     "`t` in the leading corner of zeros shaped as `like`."
-    out = torch.zeros_like(like); out[tuple(slice(n) for n in t.shape)] = t; return out
+    out = torch.zeros_like(like)
+    out[tuple(slice(n) for n in t.shape)] = t
+    return out
 
 def _cut(down, up, like):  # (r, in), (out, r), a LoRA's `down` of the wanted rank and width
     "The nearest LoRA of another rank, and of wider input."
-    u, s, v = torch.linalg.svd(up.float() @ down.float(), full_matrices=False); k = min(len(like), len(s)); root = s[:k].sqrt()
+    u, s, v = torch.linalg.svd(up.float() @ down.float(), full_matrices=False)
+    k = min(len(like), len(s))
+    root = s[:k].sqrt()
     return _corner(root[:, None]*v[:k], like), torch.cat([u[:, :k]*root, u.new_zeros(len(u), len(like) - k)], 1)
 
 def grow(
@@ -320,15 +358,20 @@ def grow(
     "A fresh adapter, perhaps of another variant and for a wider UNet, that knows what `known` knows. Raises ArgumentError."
     if known.raw: raise ArgumentError('An adapter that reads raw embeddings knows nothing that another can use', f'it is {known.variant}, unnormalised', 'Start from a FaceID checkpoint')
     fresh, old = (a.state_dict() for a in (FaceIDAdapter.new(unet, variant, num_tokens, rank, seed, clip_embeddings_dim), known))
-    new, was = fresh['image_proj'], {k: v.float() for k, v in old['image_proj'].items()}; d, d0 = len(new['norm.weight']), len(was['norm.weight']); g = torch.Generator().manual_seed(seed)
+    new, was = fresh['image_proj'], {k: v.float() for k, v in old['image_proj'].items()}
+    d, d0 = len(new['norm.weight']), len(was['norm.weight'])
+    g = torch.Generator().manual_seed(seed)
     for half in ('weight', 'bias'):
         new[f'proj.0.{half}'], new[f'norm.{half}'] = was[f'proj.0.{half}'], _corner(was[f'norm.{half}'], new[f'norm.{half}'])*((d0/d)**.5 if half == 'weight' else 1)   # a norm over more numbers
-        rows = was[f'proj.2.{half}'].unflatten(0, (-1, d0)); copy = torch.arange(num_tokens) >= len(rows); rows = rows.repeat(-(-num_tokens//len(rows)), *[1]*(rows.ndim - 1))[:num_tokens]
+        rows = was[f'proj.2.{half}'].unflatten(0, (-1, d0))
+        copy = torch.arange(num_tokens) >= len(rows)
+        rows = rows.repeat(-(-num_tokens//len(rows)), *[1]*(rows.ndim - 1))[:num_tokens]
         rows = rows*(1 + .02*copy.view(-1, *[1]*(rows.ndim - 1))*torch.randn(rows.shape, generator=g))     # or the repeated ones would stay alike for ever
         new[f'proj.2.{half}'] = _corner(rows, new[f'proj.2.{half}'].unflatten(0, (-1, d))).flatten(0, 1)
     new['norm.weight'][d0:] = 1
     if 'plus' in variant: new.update(_wider(was, new) if known.variant == variant else _quiet(new, variant == 'plus'))
-    layers, before = fresh['ip_adapter'], {k: v.float() for k, v in old['ip_adapter'].items()}; number = {path: i for i, (path, *_) in enumerate(cross_attention_layers(known_unet))}
+    layers, before = fresh['ip_adapter'], {k: v.float() for k, v in old['ip_adapter'].items()}
+    number = {path: i for i, (path, *_) in enumerate(cross_attention_layers(known_unet))}
     for i, (path, _, cross) in enumerate(cross_attention_layers(unet)):
         j = number.get(path)
         for part in ('to_q', 'to_k', 'to_v', 'to_out') if rank and f'{j}.to_q_lora.up.weight' in before else ():
@@ -348,12 +391,14 @@ def _wider(was, new):
         old, part = was[k].unflatten(0, (halves, -1)), v.unflatten(0, (halves, -1)).clone()
         if v.ndim > 1 and len(v) == d: part[:, old.shape[1]:] = 0                        # what leaves into the new width
         if k.endswith('weight') and v.ndim == 1: old = old*(d0/d)**.5                    # a norm over more numbers
-        part[tuple(slice(n) for n in old.shape)] = old; out[k] = part.flatten(0, 1)
+        part[tuple(slice(n) for n in old.shape)] = old
+        out[k] = part.flatten(0, 1)
     return out
 
 def _quiet(state, plus):
     "A resampler that begins as the identity tokens (Plus), or as six tenths of them (PlusV2); from a tenth it was pulled to nothing before it had learnt to read."
-    p = 'perceiver_resampler.'; out = {k: torch.zeros_like(v) for k, v in state.items() if k.startswith(p) and (k.endswith('0.to_out.weight') or k.endswith('1.3.weight'))} if plus else {}
+    p = 'perceiver_resampler.'
+    out = {k: torch.zeros_like(v) for k, v in state.items() if k.startswith(p) and (k.endswith('0.to_out.weight') or k.endswith('1.3.weight'))} if plus else {}
     out |= {f'{p}proj_out.weight': torch.eye(len(state[f'{p}proj_out.weight'])), f'{p}proj_out.bias': torch.zeros_like(state[f'{p}proj_out.bias'])}
     return out | ({f'{p}norm_out.{h}': state[f'norm.{h}'].clone() for h in ('weight', 'bias')} if plus else {f'{p}norm_out.weight': .6*torch.ones_like(state[f'{p}norm_out.weight'])})
 
@@ -373,7 +418,8 @@ def encode_sdxl(
     dtype=torch.float32,
 ):
     "States (B,L,d1 + d2), and {'text_embeds': (B,p), 'time_ids': (B,6)}"
-    end = first.config.eos_token_id; after = ((ids == end).cumsum(1) - (ids == end).long()) > 0
+    end = first.config.eos_token_id
+    after = ((ids == end).cumsum(1) - (ids == end).long()) > 0
     a, b = first(ids, output_hidden_states=True), second(torch.where(after, pad, ids), output_hidden_states=True)
     told = torch.tensor([side, side, 0, 0, side, side], dtype=dtype, device=ids.device).expand(len(ids), -1)
     return torch.cat([a.hidden_states[-2], b.hidden_states[-2]], -1).to(dtype), dict(text_embeds=b.text_embeds.to(dtype), time_ids=told)
@@ -381,7 +427,9 @@ def encode_sdxl(
 # %% ../nbs/18_train.ipynb #ffe85b5c
 class Student(nn.Module):
     "UNet and adapter as one module, for accelerate to wrap: what runs, and what learns."
-    def __init__(self, unet, net): super().__init__(); self.unet, self.net = unet, net
+    def __init__(self, unet, net):
+        super().__init__()
+        self.unet, self.net = unet, net
     def forward(self, x, t, text, added=None): return self.unet(x, t, text, added_cond_kwargs=added).sample
 
 class Prepared:
@@ -410,22 +458,31 @@ class Prepared:
         self.encoder, self.structure_drop = encoder if self.adapter.structure_width else None, structure_drop
         if self.adapter.structure_width:
             if encoder is None: raise ArgumentError(f'{self.adapter.variant} also learns from the picture of the face', 'no image encoder was given', 'Pass encoder=StructureEncoder(...), and data with crops')
-            encoder.model.to(self.device); self.nobody = encoder.check(self.adapter.structure_width).nobody().to(self.device)
+            encoder.model.to(self.device)
+            self.nobody = encoder.check(self.adapter.structure_width).nobody().to(self.device)
         self.adapter.attach(self.unet, fold=False, sdpa=False if self.device.type == 'cpu' else None)
         try: self.prepare(weight_decay, gauge)
-        except BaseException: self.close(); raise
+        except BaseException:
+            self.close()
+            raise
     def prepare(self, weight_decay, gauge):
         self.merged = MergedLoRA(self.adapter.at.lora) if self.adapter.at.lora else None
-        self.params = self.adapter.parameters(); self.mean = [p.detach().clone() for p in self.params]
+        self.params = self.adapter.parameters()
+        self.mean = [p.detach().clone() for p in self.params]
         opt = torch.optim.AdamW(self.params, lr=self.lr, betas=(.9, .99), weight_decay=weight_decay, fused=True)
         self.student, self.opt = self.acc.prepare(Student(self.unet, self.adapter.net), opt)
-        held = self.data.groups.held; _, one = self.data.groups.group[held].unique(return_inverse=True); first = torch.cat([(one == k).nonzero()[0] for k in range(min(int(one.max()) + 1, gauge))]) if len(held) and gauge else []
-        if len(first) < 2: self.gauge = None; return
+        held = self.data.groups.held
+        _, one = self.data.groups.group[held].unique(return_inverse=True)
+        first = torch.cat([(one == k).nonzero()[0] for k in range(min(int(one.max()) + 1, gauge))]) if len(held) and gauge else []
+        if len(first) < 2:
+            self.gauge = None
+            return
         self.held = b = self.ready(self.data[held[first], torch.full((len(first), 2), .5)], step_generator(self.seed, 0, 2))
         self.gauge = Gauge(b, self.encode(b['ids']), self.alpha_bar, self.prediction)
     def close(self):
         "Take the adapter off the UNet again."
-        self.adapter.detach(); self.unet.eval()
+        self.adapter.detach()
+        self.unet.eval()
 
 # %% ../nbs/18_train.ipynb #3831db87
 class Stepping(Prepared):
@@ -441,7 +498,8 @@ class Stepping(Prepared):
         batch = {k: v.to(self.device) for k, v in batch.items()}
         if 'latents' not in batch:
             with torch.no_grad():
-                q = self.vae.encode(batch['pixels'].to(self.vae.dtype)).latent_dist; z = q.mean + q.std*torch.randn(q.mean.shape, generator=g).to(q.mean)
+                q = self.vae.encode(batch['pixels'].to(self.vae.dtype)).latent_dist
+                z = q.mean + q.std*torch.randn(q.mean.shape, generator=g).to(q.mean)
                 batch['latents'] = (z*self.vae.config.scaling_factor).float()
         return batch
     def condition(self, embeds, batch, s_scale=1.):
@@ -455,19 +513,26 @@ class Stepping(Prepared):
         return self.student(x.to(self.unet.dtype).contiguous(memory_format=torch.channels_last), t, *text)
     def loss(self, batch, g):
         "One batch forwards and backwards: its figures."
-        batch = self.ready(batch, g); z = batch['latents']
+        batch = self.ready(batch, g)
+        z = batch['latents']
         ids, embeds = drop_out(batch['ids'], batch['embeds'], self.empty, torch.rand(len(z), generator=g).to(self.device), self.drop)
-        x, t, noise = add_noise(z, self.alpha_bar, g, self.offset, high=self.high); target, weight = target_and_weight(x, noise, t, self.alpha_bar, self.prediction, self.cap)
+        x, t, noise = add_noise(z, self.alpha_bar, g, self.offset, high=self.high)
+        target, weight = target_and_weight(x, noise, t, self.alpha_bar, self.prediction, self.cap)
         place = face_map(batch['boxes'], *z.shape[-2:], self.face) if 'boxes' in batch else torch.ones_like(z[:, :1])
-        text = self.encode(ids); weight_s = (torch.rand(len(z), generator=g) >= self.structure_drop).float() if self.encoder else 1.
+        text = self.encode(ids)
+        weight_s = (torch.rand(len(z), generator=g) >= self.structure_drop).float() if self.encoder else 1.
         with self.condition(embeds, batch, weight_s), self.merged or nothing():   # open until the backward pass is done: checkpointing runs layers again
-            said = self.answer(x, t, text); loss = weighted_error(said, target, weight, place); figures = dict(loss=float(loss.detach()))
+            said = self.answer(x, t, text)
+            loss = weighted_error(said, target, weight, place)
+            figures = dict(loss=float(loss.detach()))
             if self.identity:
                 with self.acc.autocast(): unlike = likeness_loss(said, x, t, batch, self.alpha_bar, self.vae, self.identity, self.identity_below, self.identity_rows, self.prediction)
-                loss = loss + self.identity_weight*unlike; figures['unlike'] = float(unlike.detach())
+                loss = loss + self.identity_weight*unlike
+                figures['unlike'] = float(unlike.detach())
             if self.structure:
                 with self.acc.autocast(): amiss = structure_loss(said, x, t, batch, self.alpha_bar, self.structure, torch.as_tensor(weight_s).to(embeds.device)*(embeds != 0).any(-1), self.structure_above, self.prediction)
-                loss = loss + self.structure_weight*amiss; figures['amiss'] = float(amiss.detach())
+                loss = loss + self.structure_weight*amiss
+                figures['amiss'] = float(amiss.detach())
             self.acc.backward(loss)
         return figures
     def learn(self, batches, lr):
@@ -478,14 +543,16 @@ class Stepping(Prepared):
                 step = (self.step*self.accumulate + k)*self.acc.num_processes + self.acc.process_index
                 figures = self.loss(next(batches), step_generator(self.seed, step, 1))
                 if self.acc.sync_gradients: self.acc.clip_grad_norm_(self.params, 1.)
-                self.opt.step(); self.opt.zero_grad()
+                self.opt.step()
+                self.opt.zero_grad()
         self.step += 1
         with torch.no_grad(): torch._foreach_lerp_(self.mean, self.params, 1 - min(self.ema, (1 + self.step)/(10 + self.step)))
         return figures
     def batches(self):
         "Endless batches from where the run stands."
         from torch.utils.data import DataLoader
-        a = self.acc; draws = Draws(self.data.groups.rows, self.batch, self.seed, self.step*self.accumulate, a.num_processes, a.process_index)
+        a = self.acc
+        draws = Draws(self.data.groups.rows, self.batch, self.seed, self.step*self.accumulate, a.num_processes, a.process_index)
         return iter(DataLoader(self.data, sampler=draws, batch_size=None, num_workers=self.workers))
 
 @contextmanager
@@ -503,7 +570,8 @@ def write_adapter(
 ):
     "Write `stem.safetensors` with the LoRA inside, and the separate LoRA file `stem_lora.safetensors`: their paths."
     state = {part: {k: v.detach().to(dtype or v.dtype) for k, v in tensors.items()} for part, tensors in adapter.state_dict().items()}
-    stem = stem or stem_of(adapter.variant); files = [save_checkpoint(state, Path(folder)/f'{stem}.safetensors', adapter.variant)]
+    stem = stem or stem_of(adapter.variant)
+    files = [save_checkpoint(state, Path(folder)/f'{stem}.safetensors', adapter.variant)]
     lora = lora_from_checkpoint(state['ip_adapter'], [path for path, *_ in cross_attention_layers(unet)])
     return files + ([save_lora(lora, Path(folder)/f'{stem}_lora.safetensors')] if lora else [])
 
@@ -560,7 +628,8 @@ class Trainer(Stepping):
             raise CheckpointError(f'{Path(path).name} is of another training', 'its weights have other shapes than this adapter', 'Give the same base, rank and number of tokens, or another --out')
         with torch.no_grad():
             for p, q in zip(self.params, old['params']): p.copy_(q)
-        self.mean, self.step, self.spent, self.seed = old['mean'], old['step'], old['spent'], old['seed']; self.opt.load_state_dict(old['opt'])
+        self.mean, self.step, self.spent, self.seed = old['mean'], old['step'], old['spent'], old['seed']
+        self.opt.load_state_dict(old['opt'])
 
 # %% ../nbs/18_train.ipynb #388387a4
 def train(
@@ -577,17 +646,21 @@ def train(
 ):                     #   identity=None (recogniser for `likeness_loss`), identity_weight=.1, identity_below=300, identity_rows=8, structure=None (reader for `structure_loss`), structure_weight=.1, structure_above=600, high=0. (share of rows with strong noise), gauge=48 (people), seed=0, workers=0, mixed_precision=None (bf16 where that is quicker), checkpointing=False, accelerator=None
     "Train a FaceID adapter; yields figures. At the end the averaged weights are in the adapter (the last line's `adapter`) and in `out`."
     if not (minutes or steps): raise ArgumentError('The length of the training is not given', 'neither minutes nor steps', 'Give one of them')
-    run = Trainer(pipe, data, adapter, **settings); shown, saved, gauged = {}, time.time(), -1
+    run = Trainer(pipe, data, adapter, **settings)
+    shown, saved, gauged = {}, time.time(), -1
     try:
         if resume and out and (Path(out)/'adapter.ckpt').exists(): run.load(Path(out)/'adapter.ckpt')
         start, batches = time.time() - run.spent, run.batches()
         while (done := run.done(steps, minutes)) < 1:
-            figures = run.learn(batches, run.lr*min(1, (run.step + 1)/run.warmup)*(.01 + .99*.5*(1 + math.cos(math.pi*done)))); run.spent = time.time() - start
+            figures = run.learn(batches, run.lr*min(1, (run.step + 1)/run.warmup)*(.01 + .99*.5*(1 + math.cos(math.pi*done))))
+            run.spent = time.time() - start
             for k, v in figures.items(): shown[k] = v if k not in shown else .98*shown[k] + .02*v
             if run.step % log_every == 0:
                 seen, gauged = (run.look(watch), run.step) if run.step % gauge_every == 0 else ({}, gauged)
                 yield run.note(shown | seen, out)
-            if out and time.time() - saved > save_every: run.save(out); saved = time.time()
+            if out and time.time() - saved > save_every:
+                run.save(out)
+                saved = time.time()
         if out: run.save(out)
         last = run.note(shown | seen if gauged == run.step else shown | run.look(watch), out)
         with torch.no_grad():
@@ -608,13 +681,24 @@ def load_base(
 def arguments(argv=None):
     "The command line."
     a = argparse.ArgumentParser(prog='python -m faceid_nb.train', description='Train a FaceID adapter on photographs: one folder a person.')
-    a.add_argument('--base', required=True, help="diffusers folder, name on the hub, or 'tiny'"); a.add_argument('--data', required=True, help='folder of folders of photographs')
-    a.add_argument('--out', required=True, help='where the files go'); a.add_argument('--minutes', type=float); a.add_argument('--steps', type=int)
-    a.add_argument('--resume', action='store_true'); a.add_argument('--rank', type=int, default=128, help='of the LoRA (16 to 128)')
-    a.add_argument('--batch', type=int, default=4, help='for each process'); a.add_argument('--accumulate', type=int, default=1); a.add_argument('--lr', type=float, default=1e-4)
-    a.add_argument('--size', type=int, help="of the square pictures; the base's own by default"); a.add_argument('--pack', default='buffalo_l', help='face pack'); a.add_argument('--pack-root')
-    a.add_argument('--held', type=int, default=0, help='people kept out of training, for the gauge'); a.add_argument('--seed', type=int, default=0); a.add_argument('--workers', type=int, default=2)
-    a.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'], help='bf16 where that is quicker'); a.add_argument('--checkpointing', action='store_true', help='less memory, more time')
+    a.add_argument('--base', required=True, help="diffusers folder, name on the hub, or 'tiny'")
+    a.add_argument('--data', required=True, help='folder of folders of photographs')
+    a.add_argument('--out', required=True, help='where the files go')
+    a.add_argument('--minutes', type=float)
+    a.add_argument('--steps', type=int)
+    a.add_argument('--resume', action='store_true')
+    a.add_argument('--rank', type=int, default=128, help='of the LoRA (16 to 128)')
+    a.add_argument('--batch', type=int, default=4, help='for each process')
+    a.add_argument('--accumulate', type=int, default=1)
+    a.add_argument('--lr', type=float, default=1e-4)
+    a.add_argument('--size', type=int, help="of the square pictures; the base's own by default")
+    a.add_argument('--pack', default='buffalo_l', help='face pack')
+    a.add_argument('--pack-root')
+    a.add_argument('--held', type=int, default=0, help='people kept out of training, for the gauge')
+    a.add_argument('--seed', type=int, default=0)
+    a.add_argument('--workers', type=int, default=2)
+    a.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'], help='bf16 where that is quicker')
+    a.add_argument('--checkpointing', action='store_true', help='less memory, more time')
     return a.parse_args(argv)
 
 def line(figures): return ' '.join(f'{k} {v:.4g}' for k, v in figures.items() if isinstance(v, (int, float)))
@@ -627,12 +711,15 @@ def main(argv=None):
         photo_files(a.data)     # before anything is loaded
         from faceid_nb.face import FaceReader
         pipe = load_base(a.base)
-        Path(a.out).mkdir(parents=True, exist_ok=True); size = a.size or pipe.unet.config.sample_size*2**(len(pipe.vae.config.block_out_channels) - 1)
+        Path(a.out).mkdir(parents=True, exist_ok=True)
+        size = a.size or pipe.unet.config.sample_size*2**(len(pipe.vae.config.block_out_channels) - 1)
         data = PhotoFolder(a.data, pipe.tokenizer, FaceReader('tiny' if a.base == 'tiny' else a.pack, a.pack_root), size, Path(a.out)/'faces.pt', held=a.held, progress=True)
         settings = {k: getattr(a, k) for k in ('rank', 'batch', 'accumulate', 'lr', 'seed', 'workers', 'mixed_precision', 'checkpointing')}
         for figures in train(pipe, data, a.out, minutes=a.minutes, steps=a.steps, resume=a.resume, **settings):
             if int(os.environ.get('RANK', 0)) == 0: print(line(figures), flush=True)
-    except FaceIDError as e: print(f'{type(e).__name__}: {e}', file=sys.stderr); return e.exit_code
+    except FaceIDError as e:
+        print(f'{type(e).__name__}: {e}', file=sys.stderr)
+        return e.exit_code
     return 0
 
 # %% ../nbs/18_train.ipynb #f07f9359

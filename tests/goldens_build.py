@@ -23,7 +23,8 @@ def case(name): return CASES[name]
 def inputs(name):
     "Face embeddings of a case, and its face image (PIL) or None."
     from PIL import Image
-    c = CASES[name]; image = c['face_image']
+    c = CASES[name]
+    image = c['face_image']
     return expected()[c['embeds']], image and Image.fromarray(expected()[image].numpy())
 
 def byte_characters():
@@ -35,7 +36,8 @@ def byte_characters():
 def tokenizer():
     "CLIP's byte-level tokenizer without any merge: 514 words."
     from transformers import CLIPTokenizer
-    words = byte_characters(); words += [w + '</w>' for w in words] + ['<|startoftext|>', '<|endoftext|>']
+    words = byte_characters()
+    words += [w + '</w>' for w in words] + ['<|startoftext|>', '<|endoftext|>']
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=77)
 
 def _model(cls, config, seed):
@@ -77,7 +79,8 @@ def state(name):
 
 def write_checkpoint(name, folder):
     "Write a golden checkpoint file in its official format into `folder`; its path."
-    path = Path(folder) / name; s = state(name)
+    path = Path(folder) / name
+    s = state(name)
     if path.suffix == '.bin': torch.save(s, path)
     else: save_file(s['lora'] if 'lora' in s else {f'{a}.{b}': t for a in s for b, t in s[a].items()}, path)
     return path

@@ -25,7 +25,8 @@ def pipeline(seed=0, words=WORDS):
             up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D'), cross_attention_dim=words, attention_head_dim=4, norm_num_groups=8)
         text = CLIPTextModel(CLIPTextConfig(vocab_size=514, hidden_size=words, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=48, projection_dim=64,
             bos_token_id=512, eos_token_id=513, pad_token_id=513))
-    tokenizer = gold.tokenizer(); tokenizer.model_max_length = 48
+    tokenizer = gold.tokenizer()
+    tokenizer.model_max_length = 48
     pipe = StableDiffusionPipeline(vae=vae.eval(), text_encoder=text.eval(), tokenizer=tokenizer, unet=unet.eval(), scheduler=gold.scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe

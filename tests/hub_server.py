@@ -11,17 +11,22 @@ from urllib.parse import unquote, urlsplit
 
 class Hub:
     def __init__(self, repos, token=None):
-        self.repos, self.token, self.faults, self.asked = {k: Path(v) for k, v in repos.items()}, token, [], []; self.packs = {}
+        self.repos, self.token, self.faults, self.asked = {k: Path(v) for k, v in repos.items()}, token, [], []
+        self.packs = {}
         hub = self
         class Handler(BaseHTTPRequestHandler):
             protocol_version = 'HTTP/1.1'
             def log_message(self, *a): pass
             def do_HEAD(self): hub.answer(self, 'HEAD')
             def do_GET(self): hub.answer(self, 'GET')
-        self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler); self.server.daemon_threads = True
-        self.url = f'http://127.0.0.1:{self.server.server_port}'; self.pack_url = f'{self.url}/packs'
+        self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f'http://127.0.0.1:{self.server.server_port}'
+        self.pack_url = f'{self.url}/packs'
         threading.Thread(target=self.server.serve_forever, args=(.02,), daemon=True).start()
-    def close(self): self.server.shutdown(); self.server.server_close()
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()
 
@@ -29,7 +34,8 @@ class Hub:
     def sha(self, repo): return hashlib.sha1(repo.encode()).hexdigest()
 
     def answer(self, h, method):
-        path = unquote(urlsplit(h.path).path).strip('/'); self.asked.append((method, path, h.headers.get('Range')))
+        path = unquote(urlsplit(h.path).path).strip('/')
+        self.asked.append((method, path, h.headers.get('Range')))
         if self.token and h.headers.get('Authorization') != f'Bearer {self.token}': return self.say(h, method, 401, {'error': 'Invalid username or password.'}, {'X-Error-Code': 'GatedRepo', 'X-Error-Message': 'Access to this model is restricted.'})
         parts = path.split('/')
         if parts[:2] == ['api', 'models']:
@@ -57,7 +63,8 @@ class Hub:
         self.send(h, method, self.packs[name], fault, {})
 
     def send(self, h, method, data, fault, headers):
-        r = h.headers.get('Range', ''); start = int(r[6:].split('-')[0] or 0) if r.startswith('bytes=') and (fault or [''])[0] != 'whole' else 0
+        r = h.headers.get('Range', '')
+        start = int(r[6:].split('-')[0] or 0) if r.startswith('bytes=') and (fault or [''])[0] != 'whole' else 0
         if start and start >= len(data): return self.say(h, method, 416, {'error': 'nothing there'})
         h.send_response(206 if start else 200)
         for k, v in {**headers, 'Accept-Ranges': 'bytes', 'Content-Length': str(len(data) - start), 'Content-Type': 'application/octet-stream',
@@ -65,12 +72,17 @@ class Hub:
         h.end_headers()
         if method == 'HEAD': return
         if fault and fault[0] == 'cut':   # the line drops in the middle
-            h.wfile.write(data[start:start + fault[1]]); h.wfile.flush(); h.close_connection = True; h.connection.close(); return
+            h.wfile.write(data[start:start + fault[1]])
+            h.wfile.flush()
+            h.close_connection = True
+            h.connection.close()
+            return
         if fault and fault[0] == 'wrong': data = bytes(len(data))
         h.wfile.write(data[start:])
 
     def say(self, h, method, status, what, headers={}):
-        body = json.dumps(what).encode(); h.send_response(status)
+        body = json.dumps(what).encode()
+        h.send_response(status)
         for k, v in {'Content-Type': 'application/json', 'Content-Length': str(len(body)), **headers}.items(): h.send_header(k, v)
         h.end_headers()
         if method != 'HEAD': h.wfile.write(body)

@@ -56,7 +56,8 @@ def test_equals_insightface_anywhere(photo, n, size, mirrored, seed):
 
 @given(numbers, st.integers(2, 9), st.integers(0, 99))
 def test_finds_the_transform_that_was_applied(n, count, seed):
-    src = np.random.default_rng(seed).normal(0, 40, (count, 2)); true = matrix(*n)
+    src = np.random.default_rng(seed).normal(0, 40, (count, 2))
+    true = matrix(*n)
     m = similarity_transform(src, transform_points(true, src))
     assert m.dtype == np.float64 and m.shape == (2, 3) and np.abs(m - true).max() < 1e-6
 
@@ -69,11 +70,15 @@ def test_any_points_give_a_proper_turn_or_an_error(points):
 
 @given(numbers)
 def test_there_and_back(n):
-    m = matrix(*n); assert np.abs(transform_points(invert_transform(m), transform_points(m, ARCFACE_TEMPLATE)) - ARCFACE_TEMPLATE).max() < 1e-7
+    m = matrix(*n)
+    assert np.abs(transform_points(invert_transform(m), transform_points(m, ARCFACE_TEMPLATE)) - ARCFACE_TEMPLATE).max() < 1e-7
 
 def test_best_among_neighbours():
     "No slightly different similarity fits better: it is the least-squares answer."
-    rng = np.random.default_rng(0); src = rng.normal(0, 30, (5, 2)); dst = rng.normal(0, 30, (5, 2)) + src; m = similarity_transform(src, dst)
+    rng = np.random.default_rng(0)
+    src = rng.normal(0, 30, (5, 2))
+    dst = rng.normal(0, 30, (5, 2)) + src
+    m = similarity_transform(src, dst)
     error = lambda a, b, x, y: (np.subtract(transform_points(np.array([[a, -b, x], [b, a, y]]), src), dst)**2).sum()
     best = np.array([m[0, 0], m[1, 0], m[0, 2], m[1, 2]])
     for step in rng.normal(0, 1e-3, (200, 4)): assert error(*(best + step)) >= error(*best)
@@ -87,11 +92,14 @@ def test_outside_the_picture_is_black(photo):
 def test_collinear_points_align(photo):
     for flip in (1, -1):
         line = np.stack([np.linspace(200, 250, 5), np.linspace(90, 150, 5)[::flip]], 1)
-        m = similarity_transform(line, ARCFACE_TEMPLATE); assert np.isfinite(m).all() and np.linalg.det(m[:, :2]) > 0
+        m = similarity_transform(line, ARCFACE_TEMPLATE)
+        assert np.isfinite(m).all() and np.linalg.det(m[:, :2]) > 0
     assert norm_crop(photo, line).shape == (112, 112, 3)
 
-nan = ASTRONAUT.astype(float); nan[2, 1] = np.nan
-inf = ASTRONAUT.astype(float); inf[0, 0] = np.inf
+nan = ASTRONAUT.astype(float)
+nan[2, 1] = np.nan
+inf = ASTRONAUT.astype(float)
+inf[0, 0] = np.inf
 @pytest.mark.parametrize('points', [np.full((5, 2), 80.), np.full((5, 2), .1, np.float32), np.full((5, 2), 1234.567, np.float32), np.zeros((5, 2)), nan, inf,
     ASTRONAUT[:3], ASTRONAUT.T, ASTRONAUT.ravel(), np.zeros((5, 3)), np.empty((0, 2)), None, 'eyes', [['a', 'b']]*5, [[1, 2], [3]], ASTRONAUT + 1j])
 def test_degenerate_points(photo, points):

@@ -43,43 +43,64 @@ def test_attend_both_ways(heads, c, d, N, L, T, B, scale, seed):
 @pytest.mark.parametrize('usual', [AttnProcessor(), AttnProcessor2_0(), SlicedAttnProcessor(1)])
 @torch.no_grad()
 def test_without_identity_the_usual_processor_runs_bit_for_bit(usual):
-    attn = layer(); x, text = torch.randn(2, 5, 16), torch.randn(2, 3, 12)
-    attn.set_processor(usual); bare = attn(x, text)
+    attn = layer()
+    x, text = torch.randn(2, 5, 16), torch.randn(2, 3, 12)
+    attn.set_processor(usual)
+    bare = attn(x, text)
     attn.set_processor(DecoupledAttention(usual))
     assert torch.equal(bare, attn(x, text))
 
 @torch.no_grad()
 def test_text_mask():
-    attn = layer(); x, text = torch.randn(2, 5, 16), torch.randn(2, 3, 12)
+    attn = layer()
+    x, text = torch.randn(2, 5, 16), torch.randn(2, 3, 12)
     mask = torch.tensor([[0., 0., -1e4], [0., 0., 0.]])[:, None]
-    p = DecoupledAttention(attn.processor); p.kv = torch.zeros(2, 2, 4, 8), torch.zeros(2, 2, 4, 8)
+    p = DecoupledAttention(attn.processor)
+    p.kv = torch.zeros(2, 2, 4, 8), torch.zeros(2, 2, 4, 8)
     close(p(attn, x, text, mask), attn(x, text, mask))
-    p = DecoupledAttention(attn.processor, sdpa=False); p.kv = torch.zeros(2, 2, 4, 8), torch.zeros(2, 2, 4, 8)
+    p = DecoupledAttention(attn.processor, sdpa=False)
+    p.kv = torch.zeros(2, 2, 4, 8), torch.zeros(2, 2, 4, 8)
     close(p(attn, x, text, mask), attn(x, text, mask))
 
 @torch.no_grad()
 def test_text_constants_are_kept_and_noticed_when_they_change():
-    attn = layer(); x, text = torch.randn(1, 5, 16), torch.randn(1, 3, 12)
-    p = DecoupledAttention(attn.processor); p.kv = torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8)
-    calls = []; attn.to_k.register_forward_hook(lambda *a: calls.append(1))
-    p(attn, x, text); p(attn, x, text); assert len(calls) == 1
+    attn = layer()
+    x, text = torch.randn(1, 5, 16), torch.randn(1, 3, 12)
+    p = DecoupledAttention(attn.processor)
+    p.kv = torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8)
+    calls = []
+    attn.to_k.register_forward_hook(lambda *a: calls.append(1))
+    p(attn, x, text)
+    p(attn, x, text)
+    assert len(calls) == 1
     other = torch.randn(1, 3, 12)
-    close(p(attn, x, other), attn(x, other)); n = len(calls)
-    other.mul_(3); close(p(attn, x, other), attn(x, other)); assert len(calls) == n + 2   # in place: noticed
-    p.clear(); assert p.text is None
+    close(p(attn, x, other), attn(x, other))
+    n = len(calls)
+    # in place: noticed
+    other.mul_(3)
+    close(p(attn, x, other), attn(x, other))
+    assert len(calls) == n + 2
+    p.clear()
+    assert p.text is None
 
 def test_training_keeps_no_constants():
-    attn = layer(); x, text = torch.randn(1, 5, 16), torch.randn(1, 3, 12)
-    p = DecoupledAttention(attn.processor); kv = torch.randn(2, 1, 2, 4, 8, requires_grad=True); p.kv = tuple(kv)
+    attn = layer()
+    x, text = torch.randn(1, 5, 16), torch.randn(1, 3, 12)
+    p = DecoupledAttention(attn.processor)
+    kv = torch.randn(2, 1, 2, 4, 8, requires_grad=True)
+    p.kv = tuple(kv)
     for _ in range(2): p(attn, x, text).sum().backward()
     assert p.text is None and kv.grad.abs().sum() > 0
 
 @torch.no_grad()
 def test_record():
-    attn = layer(); p = DecoupledAttention(attn.processor); seen = []
+    attn = layer()
+    p = DecoupledAttention(attn.processor)
+    seen = []
     p.kv, p.record = (torch.randn(2, 2, 4, 8), torch.randn(2, 2, 4, 8)), seen.append
     p(attn, torch.randn(2, 5, 16), torch.randn(2, 3, 12))
-    assert seen[0].shape == (2, 5, 4); close(seen[0].sum(-1), torch.ones(2, 5))
+    assert seen[0].shape == (2, 5, 4)
+    close(seen[0].sum(-1), torch.ones(2, 5))
 
 # --- rows
 
@@ -114,7 +135,8 @@ def test_rows_believe_the_batch_when_the_pipeline_agrees():
 
 @pytest.mark.parametrize('kind', ['sd', 'sdxl'])
 def test_layers_follow_the_official_numbering(kind):
-    unet = G.unet(kind); found = cross_attention_layers(unet)
+    unet = G.unet(kind)
+    found = cross_attention_layers(unet)
     assert [p + '.processor' for p, _, _ in found] == list(unet.attn_processors)
     name = {'sd': 'ip-adapter-faceid_sd15.bin', 'sdxl': 'ip-adapter-faceid_sdxl.bin'}[kind]
     ip = {int(k.split('.')[0]) for k in G.state(name)['ip_adapter'] if 'to_k_ip' in k}

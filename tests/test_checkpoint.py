@@ -10,7 +10,8 @@ from faceid_nb.errors import (ArgumentError, BaseModelError, CheckpointError, Lo
 GOLD = Path(__file__).parent / 'goldens'
 cases = json.loads((GOLD / 'cases.json').read_text())
 _spec = importlib.util.spec_from_file_location('golden_fill', GOLD / 'fill.py')
-fill = importlib.util.module_from_spec(_spec); _spec.loader.exec_module(fill)
+fill = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(fill)
 VARIANT = {'ip-adapter-faceid_sd15.bin': 'faceid', 'ip-adapter-faceid_sd15.safetensors': 'faceid', 'ip-adapter-faceid_sdxl.bin': 'faceid',
            'ip-adapter-faceid-plus_sd15.bin': 'plus', 'ip-adapter-faceid-plusv2_sd15.bin': 'plusv2', 'ip-adapter-faceid-plusv2_sdxl.bin': 'plusv2',
            'ip-adapter-faceid-portrait_sd15.bin': 'portrait'}
@@ -146,11 +147,17 @@ def test_pickle_with_code_does_not_run(tmp_path, protocol, form, call):
 
 
 def nan_state():
-    s = tiny(); s['ip_adapter']['1.to_v_ip.weight'][0, 0] = float('inf'); return s
+    s = tiny()
+    s['ip_adapter']['1.to_v_ip.weight'][0, 0] = float('inf')
+    return s
 def without(part, key):
-    s = tiny(); del s[part][key]; return s
+    s = tiny()
+    del s[part][key]
+    return s
 def with_(part, key, t):
-    s = tiny(); s[part][key] = t; return s
+    s = tiny()
+    s[part][key] = t
+    return s
 
 
 BROKEN = {
@@ -196,7 +203,9 @@ def test_missing_and_folder(tmp_path, good):
 # --- writing
 def test_nothing_half_written(tmp_path, good, monkeypatch):
     before = good.read_bytes()
-    def fail(*a, **k): Path(a[1]).write_bytes(b'half'); raise OSError('no space left')
+    def fail(*a, **k):
+        Path(a[1]).write_bytes(b'half')
+        raise OSError('no space left')
     monkeypatch.setattr(C.torch, 'save', fail)
     with pytest.raises(OSError, match='no space'): C.save_checkpoint(tiny(), good)
     assert good.read_bytes() == before and os.listdir(tmp_path) == [good.name]
@@ -221,7 +230,8 @@ def test_converting_a_bad_file_leaves_nothing(tmp_path):
 
 
 def test_saves_parameters_that_share_storage_and_carry_gradients(tmp_path):
-    s = tiny(); big = torch.randn(16, 8)
+    s = tiny()
+    big = torch.randn(16, 8)
     s['ip_adapter']['1.to_k_ip.weight'], s['ip_adapter']['1.to_v_ip.weight'] = torch.nn.Parameter(big[:8]), big[8:].T.contiguous().T
     for suffix in ('.bin', '.safetensors'):
         c = C.read_checkpoint(C.save_checkpoint(s, tmp_path / f's{suffix}'))
@@ -247,7 +257,8 @@ def test_lora_dialects(tmp_path, dialect):
 def test_lora_alpha():
     t = {'lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight': torch.ones(4, 8), 'lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight': torch.ones(8, 4),
          'lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.alpha': torch.tensor(2.)}
-    out = C.normal_lora(t); p = 'mid_block.attentions.0.transformer_blocks.0.attn1.to_q'
+    out = C.normal_lora(t)
+    p = 'mid_block.attentions.0.transformer_blocks.0.attn1.to_q'
     assert torch.equal(out[f'{p}.up'], torch.full((8, 4), .5)) and torch.equal(out[f'{p}.down'], torch.ones(4, 8)) and len(out) == 2
 
 
@@ -305,15 +316,19 @@ def test_fits_portrait_and_sdxl(unets):
 # --- the unnormalised Portrait: learnt queries in place of the MLP
 def raw(width=512, d=8, dim=64, tokens=16):
     from faceid_nb.projection import FacePerceiverResampler
-    torch.manual_seed(0); s = tiny(d, rank=0)
+    torch.manual_seed(0)
+    s = tiny(d, rank=0)
     return {**s, 'image_proj': {'latents': torch.randn(1, tokens, dim), **{k: torch.randn_like(v) for k, v in FacePerceiverResampler(dim, 4, 64, 1, width, d).state_dict().items()}}}
 
 
 def test_unnormalised_portrait(tmp_path):
-    state = raw(); c = C.read_checkpoint(write(state, tmp_path / 'ip-adapter-faceid-portrait_sdxl_unnorm.bin'))
+    state = raw()
+    c = C.read_checkpoint(write(state, tmp_path / 'ip-adapter-faceid-portrait_sdxl_unnorm.bin'))
     assert (c.variant, c.raw, c.num_tokens, c.cross_attention_dim, c.embedding_dim, c.lora_rank) == ('portrait', True, 16, 8, 512, 0) and 'unnormalised' in repr(c)
-    C.convert(c.path, tmp_path / 'b.safetensors'); C.convert(tmp_path / 'b.safetensors', tmp_path / 'c.bin')
-    again = C.read_checkpoint(tmp_path / 'c.bin'); assert same(again.image_proj, state['image_proj']) and same(again.ip_adapter, state['ip_adapter'])
+    C.convert(c.path, tmp_path / 'b.safetensors')
+    C.convert(tmp_path / 'b.safetensors', tmp_path / 'c.bin')
+    again = C.read_checkpoint(tmp_path / 'c.bin')
+    assert same(again.image_proj, state['image_proj']) and same(again.ip_adapter, state['ip_adapter'])
     assert not C.check_state(tiny()).raw and not C.check_state(tiny(tokens=16, rank=0)).raw
 
 
@@ -321,24 +336,34 @@ def test_unnormalised_portrait(tmp_path):
     (lambda s: raw(1280), VariantError, 'reads CLIP images'), (lambda s: s['image_proj'].pop('norm_out.bias'), CheckpointError, 'no norm_out.bias'),
     (lambda s: s['image_proj'].update(latents=torch.zeros(16, 64)), CheckpointError, 'latents has the wrong shape'), (lambda s: s['image_proj'].pop('latents'), CheckpointError, 'no proj.0.weight')])
 def test_not_quite_unnormalised(change, kind, says):
-    s = raw(); other = change(s)
+    s = raw()
+    other = change(s)
     with pytest.raises(kind, match=says): C.check_state(other if isinstance(other, dict) else s)
 
 
 @pytest.mark.parametrize('kind', ['unet_sd', 'unet_sdxl'])
 def test_unnormalised_portrait_inside_diffusers(kind):
     from diffusers import UNet2DConditionModel
-    unet = UNet2DConditionModel(**cases['configs'][kind]); names = list(unet.attn_processors)
-    s = raw(d=unet.config.cross_attention_dim); s['ip_adapter'] = {f'{i}.to_{x}_ip.weight': torch.randn(unet.get_submodule(n.removesuffix('.processor')).inner_dim, unet.config.cross_attention_dim)
+    unet = UNet2DConditionModel(**cases['configs'][kind])
+    names = list(unet.attn_processors)
+    s = raw(d=unet.config.cross_attention_dim)
+    s['ip_adapter'] = {f'{i}.to_{x}_ip.weight': torch.randn(unet.get_submodule(n.removesuffix('.processor')).inner_dim, unet.config.cross_attention_dim)
                                                              for i, n in enumerate(names) if 'attn2' in n for x in 'kv'}
-    unet._load_ip_adapter_weights([s], low_cpu_mem_usage=False); held, c = unet.state_dict(), C.check_state(s)
-    said = C.to_diffusers(c, names); assert all(torch.equal(held[k], t) for k, t in said.items()) and {k for k in held if '_ip.' in k or 'encoder_hid' in k} == set(said)
-    back = C.from_diffusers(held, names); assert back.raw and same(back.image_proj, s['image_proj']) and same(back.ip_adapter, s['ip_adapter'])
+    unet._load_ip_adapter_weights([s], low_cpu_mem_usage=False)
+    held, c = unet.state_dict(), C.check_state(s)
+    said = C.to_diffusers(c, names)
+    assert all(torch.equal(held[k], t) for k, t in said.items()) and {k for k in held if '_ip.' in k or 'encoder_hid' in k} == set(said)
+    back = C.from_diffusers(held, names)
+    assert back.raw and same(back.image_proj, s['image_proj']) and same(back.ip_adapter, s['ip_adapter'])
 
 
 def test_split_keeps_what_is_known(tmp_path):
     "Eight tokens without a LoRA look like a Portrait; and splitting a file over itself loses nothing."
-    names = [f'{p}.processor' for p in ('down_blocks.0.attn1', 'down_blocks.0.attn2', 'mid_block.attn1', 'mid_block.attn2')]; state = tiny(tokens=8)
-    f = C.save_checkpoint(state, tmp_path / 'mine.safetensors'); bare, lora = C.split_lora(f, f, tmp_path / 'mine_lora.safetensors', names)
-    c = C.read_checkpoint(bare); assert (c.variant, c.lora_rank) == ('faceid', 0)
-    whole = C.read_checkpoint(C.join_lora(bare, lora, tmp_path / 'whole.bin', names)); assert same(whole.image_proj, state['image_proj']) and same(whole.ip_adapter, state['ip_adapter'])
+    names = [f'{p}.processor' for p in ('down_blocks.0.attn1', 'down_blocks.0.attn2', 'mid_block.attn1', 'mid_block.attn2')]
+    state = tiny(tokens=8)
+    f = C.save_checkpoint(state, tmp_path / 'mine.safetensors')
+    bare, lora = C.split_lora(f, f, tmp_path / 'mine_lora.safetensors', names)
+    c = C.read_checkpoint(bare)
+    assert (c.variant, c.lora_rank) == ('faceid', 0)
+    whole = C.read_checkpoint(C.join_lora(bare, lora, tmp_path / 'whole.bin', names))
+    assert same(whole.image_proj, state['image_proj']) and same(whole.ip_adapter, state['ip_adapter'])

@@ -50,7 +50,8 @@ def photo(tmp_path):
 def stand_in(monkeypatch):
     "Put a model in place; likenesses 0.5, 0.6, ... unless given."
     def place(model=None, likeness=None):
-        model = model or Model(); values = iter(likeness or np.arange(50)/100 + .5)
+        model = model or Model()
+        values = iter(likeness or np.arange(50)/100 + .5)
         monkeypatch.setattr('faceid_nb.models.load', lambda name, device=None, **k: model)
         monkeypatch.setattr('faceid_nb.measure.identity_similarity', lambda reference, images, judge=True, reader=None: np.array([next(values) for _ in images]))
         monkeypatch.setattr('faceid_nb.measure.find_judge', lambda reader: 'judge')
@@ -81,7 +82,8 @@ def test_portrait_writes_pictures_parameters_and_a_sheet(photo, tmp_path, stand_
 
 
 def test_nothing_is_overwritten(photo, tmp_path, stand_in):
-    stand_in(); out = tmp_path/'out'
+    stand_in()
+    out = tmp_path/'out'
     run('portrait', photo, 'a', '--out', out, '--samples', 2)
     (out/'0009.png').write_bytes(b'mine')
     before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -92,7 +94,8 @@ def test_nothing_is_overwritten(photo, tmp_path, stand_in):
 
 
 def test_ctrl_c_keeps_what_is_finished(photo, tmp_path, stand_in, capsys):
-    stand_in(Model(stop_at=(2, 1))); out = tmp_path/'out'
+    stand_in(Model(stop_at=(2, 1)))
+    out = tmp_path/'out'
     assert run('portrait', photo, 'a', '--out', out, '--steps', 3, '--batch', 1) == 130
     assert sorted(p.name for p in out.iterdir()) == ['0001.png', '0002.png', 'sheet-0001.png']
     for p in out.iterdir(): Image.open(p).load()
@@ -111,7 +114,9 @@ def test_without_a_judge_the_steering_recogniser_scores(photo, tmp_path, stand_i
     "Found out before anything is generated: a missing pack must not cost the pictures."
     stand_in()
     def missing(reader): raise WeightsMissingError('There is no judge', 'none', 'Get one')
-    def score(reference, images, judge, reader): assert judge is False; return np.full(len(images), .3)
+    def score(reference, images, judge, reader):
+        assert judge is False
+        return np.full(len(images), .3)
     monkeypatch.setattr('faceid_nb.measure.find_judge', missing)
     monkeypatch.setattr('faceid_nb.measure.identity_similarity', score)
     assert run('portrait', photo, 'a', '--out', tmp_path/'out', '--samples', 1) == 0
@@ -255,14 +260,17 @@ def test_lab_answers_with_a_token(tmp_path):
         base, token = url[0].split('/lab')[0], url[1]
         def ask(query=''): return urllib.request.urlopen(f'{base}/api/contents/index.ipynb{query}', timeout=20)
         while True:  # the address is printed a moment before the server listens
-            try: assert json.load(ask(f'?token={token}'))['type'] == 'notebook'; break
+            try:
+                assert json.load(ask(f'?token={token}'))['type'] == 'notebook'
+                break
             except urllib.error.URLError as e:
                 if isinstance(e, urllib.error.HTTPError) or time.monotonic() > end: raise
                 time.sleep(.2)
         with pytest.raises(urllib.error.HTTPError) as e: ask()
         assert e.value.code == 403
     finally:
-        server.terminate(); server.wait(30)
+        server.terminate()
+        server.wait(30)
 
 
 def test_doctor_finds_what_is_missing(monkeypatch, tmp_path, capsys):
@@ -340,7 +348,8 @@ def test_demo_for_real(tmp_path):
 
 def test_portrait_for_real_again_gives_the_same_picture(tmp_path):
     from faceid_nb.tiny.people import render, sample_people
-    photo = tmp_path/'p.png'; render(sample_people(1, seed=5), size=256, glasses=False)[0].image.save(photo)
+    photo = tmp_path/'p.png'
+    render(sample_people(1, seed=5), size=256, glasses=False)[0].image.save(photo)
     arguments = ['portrait', photo, 'photo of a person', '--steps', 6, '--out', tmp_path/'out', '--quiet']
     assert run(*arguments, '--samples', 3) == 0
     assert run(*arguments, '--samples', 1, '--seed', 2) == 0
@@ -368,7 +377,9 @@ def drawn(tmp_path_factory):
     from faceid_nb.tiny.people import render, sample_people
     root = tmp_path_factory.mktemp('drawn')
     for k, p in enumerate(render(sample_people(3, seed=12), seed=1, size=128, glasses=False, hat=None)):
-        p.image.save(root/('me.png', 'you.png', 'third.png')[k]); (root/'people'/f'p{k}').mkdir(parents=True); p.image.save(root/'people'/f'p{k}'/'a.png')
+        p.image.save(root/('me.png', 'you.png', 'third.png')[k])
+        (root/'people'/f'p{k}').mkdir(parents=True)
+        p.image.save(root/'people'/f'p{k}'/'a.png')
     for k, p in enumerate(render(sample_people(3, seed=12), seed=2, size=128, hat=None)): p.image.save(root/'people'/f'p{k}'/'b.png')
     Image.new('RGB', (128, 128), 'gray').save(root/'wall.png')
     return root
@@ -398,21 +409,26 @@ def test_bad_lists(bad):
                                  ['benchmark'], ['benchmark', 'people', '--samples', '0'], ['benchmark', 'people', '--seed', '1,2'], ['benchmark', 'people', '--batch', '0']])
 def test_bad_arguments_of_grids_end_with_2(bad, capsys):
     with pytest.raises(SystemExit) as e: cli.main(bad)
-    err = capsys.readouterr().err; assert e.value.code == 2 and f'usage: faceid-nb {bad[0]}' in err and err.strip().split('\n')[-1].startswith(f'faceid-nb {bad[0]}: error: ')
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and f'usage: faceid-nb {bad[0]}' in err and err.strip().split('\n')[-1].startswith(f'faceid-nb {bad[0]}: error: ')
 
 
 def test_what_has_several_values_is_an_axis(drawn):
     s = asked(drawn/'me.png', '--prompt', 'a', '--model', 'tiny-plusv2,tiny-faceid', '--s-scale', '0,.5', '--scale', '.7', '--seed', '3,1234567,1234568', '--steps', '4', '--guidance-scale', '2,3', '--negative-prompt', 'n')
     assert {k: list(v.values()) for k, v in s.axes.items()} == dict(model=['tiny-plusv2', 'tiny-faceid'], guidance_scale=[2., 3.], s_scale=[0., .5], seed=[3, 1234567, 1234568]) and list(s.axes)[-1] == 'seed'
-    a = s.cells[4].arguments; assert len(s) == 24 and (a['scale'], a['num_inference_steps'], a['prompt'], a['negative_prompt'], a['face'], a['s_scale'], a['seed']) == (.7, 4, 'a', 'n', str(drawn/'me.png'), .5, 1234567)
-    one = asked(drawn/'me.png', '--prompt', 'a'); a = one.cells[0].arguments
+    a = s.cells[4].arguments
+    assert len(s) == 24 and (a['scale'], a['num_inference_steps'], a['prompt'], a['negative_prompt'], a['face'], a['s_scale'], a['seed']) == (.7, 4, 'a', 'n', str(drawn/'me.png'), .5, 1234567)
+    one = asked(drawn/'me.png', '--prompt', 'a')
+    a = one.cells[0].arguments
     assert len(one) == 1 and (a['model'], a['seed'], a['scale'], a['s_scale'], a['num_inference_steps'], a['guidance_scale'], a['negative_prompt']) == ('tiny-plusv2', 0, 1., 1., 30, 7.5, None)
-    two = asked(drawn/'me.png', drawn/'you.png', '--prompt', 'a', '--prompt', 'b', '--model', 'tiny-faceid', '--device', 'cpu'); assert two.load == dict(device='cpu')
+    two = asked(drawn/'me.png', drawn/'you.png', '--prompt', 'a', '--prompt', 'b', '--model', 'tiny-faceid', '--device', 'cpu')
+    assert two.load == dict(device='cpu')
     assert [(c.parameters['face'], c.parameters['prompt'], c.parameters['model']) for c in two.cells] == [(f, p, 'tiny-faceid') for f in ('me', 'you') for p in 'ab']
 
 
 def test_photographs_of_one_name(drawn, tmp_path):
-    (tmp_path/'me.png').write_bytes((drawn/'you.png').read_bytes()); s = asked(drawn/'me.png', tmp_path/'me.png', '--prompt', 'a')
+    (tmp_path/'me.png').write_bytes((drawn/'you.png').read_bytes())
+    s = asked(drawn/'me.png', tmp_path/'me.png', '--prompt', 'a')
     assert [c.parameters['face'] for c in s.cells] == [str(drawn/'me.png'), str(tmp_path/'me.png')]
 
 
@@ -433,40 +449,53 @@ def test_out_of_a_grid_is_a_file(words, drawn, tmp_path, capsys):
 
 def table_of(text):
     "{column: texts} of the printed table."
-    lines = text.split('\n'); i = next(i for i, l in enumerate(lines) if l.endswith('state')); head = re.split(r'\s{2,}', lines[i].strip())
+    lines = text.split('\n')
+    i = next(i for i, l in enumerate(lines) if l.endswith('state'))
+    head = re.split(r'\s{2,}', lines[i].strip())
     rows = []
     for l in lines[i + 1:]:
         if 'pictures are in' in l: break
         rows.append(re.split(r'\s{2,}', l.strip()))
-    assert all(len(r) == len(head) for r in rows); return {h: [r[k] for r in rows] for k, h in enumerate(head)}
+    assert all(len(r) == len(head) for r in rows)
+    return {h: [r[k] for r in rows] for k, h in enumerate(head)}
 
 
 def test_sweep_for_real(drawn, tmp_path, capsys):
     "Three photographs, one without a face; two weights of the structure. Then again with a seed more."
     import pandas as pd
-    out = tmp_path/'out'; arguments = ['sweep', drawn/'me.png', drawn/'wall.png', drawn/'you.png', '--prompt', PROMPT, '--s-scale', '0,1.5', '--steps', '3', '--guidance-scale', '3', '--out', out]
+    out = tmp_path/'out'
+    arguments = ['sweep', drawn/'me.png', drawn/'wall.png', drawn/'you.png', '--prompt', PROMPT, '--s-scale', '0,1.5', '--steps', '3', '--guidance-scale', '3', '--out', out]
     assert run(*arguments, '--seed', '7') == 0
-    printed = capsys.readouterr(); t = table_of(printed.out); assert 'it/s' not in printed.err and 'Traceback' not in printed.err
+    printed = capsys.readouterr()
+    t = table_of(printed.out)
+    assert 'it/s' not in printed.err and 'Traceback' not in printed.err
     assert list(t) == ['photograph', 's_scale', 'likeness', 'distance', 'adherence', 'state'] and t['photograph'] == ['me']*2 + ['wall']*2 + ['you']*2 and t['s_scale'] == ['0', '1.5']*3
     assert t['state'] == ['done', 'done', 'failed', 'failed', 'done', 'done'] and t['likeness'][2] == '-' and '4 of 6 pictures' in printed.out and '2 failed' in printed.out
     assert printed.out.count(f"No face was found in '{drawn/'wall.png'}'") == 1 and 'failed: photograph wall, s_scale 0 and 1 more: No face' in printed.out
-    csv = pd.read_csv(out/'table.csv'); assert len(csv) == 6 and list(csv.state) == t['state'] and str(out) not in (out/'table.csv').read_text()
+    csv = pd.read_csv(out/'table.csv')
+    assert len(csv) == 6 and list(csv.state) == t['state'] and str(out) not in (out/'table.csv').read_text()
     for i in (0, 1, 4, 5):
         assert t['likeness'][i] == cli.shown(csv.likeness[i]) and t['distance'][i] == ('-' if math.isnan(csv.distance[i]) else f'{csv.distance[i]:.3f}') and t['adherence'][i] == f'{csv.adherence[i]:.3f}'
         assert Image.open(out/csv.image[i]).size == (64, 64)
     for name, photo, first in (('sheet-0001.png', 'me.png', 0), ('sheet-0002.png', 'you.png', 4)):   # none for the wall
-        sheet = Image.open(out/name); assert json.loads(sheet.text['faceid_nb']) == dict(photo=photo, prompt=PROMPT)
-        x = np.array(sheet.convert('RGB'))[12:204]; assert np.array_equal(x[:, 12:204], np.array(cli.fit(Image.open(drawn/photo), 192))) and np.array_equal(x[:, 216:408], np.array(cli.fit(Image.open(out/csv.image[first]), 192)))
+        sheet = Image.open(out/name)
+        assert json.loads(sheet.text['faceid_nb']) == dict(photo=photo, prompt=PROMPT)
+        x = np.array(sheet.convert('RGB'))[12:204]
+        assert np.array_equal(x[:, 12:204], np.array(cli.fit(Image.open(drawn/photo), 192))) and np.array_equal(x[:, 216:408], np.array(cli.fit(Image.open(out/csv.image[first]), 192)))
     assert not (out/'sheet-0003.png').exists() and sorted(p.name for p in out.iterdir() if 'cells' not in p.name) == ['pictures', 'sheet-0001.png', 'sheet-0002.png', 'table.csv']
-    before = {p: p.stat().st_mtime_ns for p in (out/'pictures').iterdir()}; assert len(before) == 4
+    before = {p: p.stat().st_mtime_ns for p in (out/'pictures').iterdir()}
+    assert len(before) == 4
     assert run(*arguments, '--seed', '7,8', '--quiet') == 0
-    text = capsys.readouterr().out; t = table_of(text); assert t['state'] == ['there already', 'done']*2 + ['failed']*4 + ['there already', 'done']*2 and '4 of them from before' in text
+    text = capsys.readouterr().out
+    t = table_of(text)
+    assert t['state'] == ['there already', 'done']*2 + ['failed']*4 + ['there already', 'done']*2 and '4 of them from before' in text
     assert all(p.stat().st_mtime_ns == m for p, m in before.items()) and len(list((out/'pictures').iterdir())) == 8 and len(pd.read_csv(out/'table.csv')) == 12
 
 
 def test_all_failed(drawn, tmp_path, capsys):
     assert run('sweep', drawn/'wall.png', '--prompt', PROMPT, '--steps', '2', '--out', tmp_path/'out') == 1
-    out = capsys.readouterr().out; assert table_of(out)['state'] == ['failed'] and 'failed: seed 0: No face' in out and not list((tmp_path/'out').glob('sheet*')) and (tmp_path/'out'/'table.csv').is_file()
+    out = capsys.readouterr().out
+    assert table_of(out)['state'] == ['failed'] and 'failed: seed 0: No face' in out and not list((tmp_path/'out').glob('sheet*')) and (tmp_path/'out'/'table.csv').is_file()
 
 
 def test_ctrl_c_in_a_sweep_keeps_what_is_finished(drawn, tmp_path, monkeypatch, capsys):
@@ -477,9 +506,13 @@ def test_ctrl_c_in_a_sweep_keeps_what_is_finished(drawn, tmp_path, monkeypatch, 
         calls.append(len(k['seed']))
         if len(calls) == 2: raise KeyboardInterrupt
         return whole(self, *a, **k)
-    monkeypatch.setattr(FaceID, 'generate', stop); out = tmp_path/'out'; arguments = ['sweep', drawn/'me.png', '--prompt', PROMPT, '--prompt', 'photo of a person', '--seed', '0,1', '--steps', '2', '--batch', '2', '--out', out]
+    monkeypatch.setattr(FaceID, 'generate', stop)
+    out = tmp_path/'out'
+    arguments = ['sweep', drawn/'me.png', '--prompt', PROMPT, '--prompt', 'photo of a person', '--seed', '0,1', '--steps', '2', '--batch', '2', '--out', out]
     assert run(*arguments) == 130
-    printed = capsys.readouterr(); t = table_of(printed.out); assert t['prompt'] == ['1', '1'] and t['state'] == ['done']*2 and '2 of 4 pictures' in printed.out and 'stopped' in printed.err and calls == [2, 2]
+    printed = capsys.readouterr()
+    t = table_of(printed.out)
+    assert t['prompt'] == ['1', '1'] and t['state'] == ['done']*2 and '2 of 4 pictures' in printed.out and 'stopped' in printed.err and calls == [2, 2]
     assert f'prompt 1: {PROMPT}' in printed.out and 'prompt 2: photo of a person' in printed.out
     assert (out/'sheet-0001.png').is_file() and len((out/'table.csv').read_text().split('\n')) == 4
     assert run(*arguments) == 0 and calls == [2, 2, 2] and table_of(capsys.readouterr().out)['state'] == ['there already']*2 + ['done']*2
@@ -493,7 +526,8 @@ def test_a_long_sheet_ends(drawn, tmp_path, monkeypatch, capsys):
 
 def test_processes(drawn, tmp_path, capsys):
     "N of them, started afresh; and one for real: the same numbers as here."
-    args = cli.make_parser().parse_args(['sweep', 'a', '--prompt', 'a', '--processes', '3']); pool = cli.executor(args)()
+    args = cli.make_parser().parse_args(['sweep', 'a', '--prompt', 'a', '--processes', '3'])
+    pool = cli.executor(args)()
     try: assert pool._max_workers == 3 and pool._mp_context.get_start_method() == 'spawn' and pool._initializer is cli.in_worker
     finally: pool.shutdown()
     assert cli.executor(cli.make_parser().parse_args(['sweep', 'a', '--prompt', 'a'])) is None
@@ -510,8 +544,10 @@ def test_a_worker_ends_silently_on_ctrl_c():
 def test_a_bar_for_a_terminal_only(monkeypatch):
     args = types.SimpleNamespace(quiet=False)
     for tty in (True, False):
-        monkeypatch.setattr(sys, 'stderr', types.SimpleNamespace(isatty=lambda: tty)); assert cli.with_bar(args) is tty
-    monkeypatch.setattr(sys, 'stderr', types.SimpleNamespace(isatty=lambda: True)); assert not cli.with_bar(types.SimpleNamespace(quiet=True))
+        monkeypatch.setattr(sys, 'stderr', types.SimpleNamespace(isatty=lambda: tty))
+        assert cli.with_bar(args) is tty
+    monkeypatch.setattr(sys, 'stderr', types.SimpleNamespace(isatty=lambda: True))
+    assert not cli.with_bar(types.SimpleNamespace(quiet=True))
 
 
 def test_a_table_of_texts_and_numbers(capsys):
@@ -521,23 +557,33 @@ def test_a_table_of_texts_and_numbers(capsys):
 
 def test_benchmark_passes_everything_on(tmp_path, monkeypatch, capsys):
     asked = {}
-    def stand_in(models, people, out, **kw): asked.update(kw, models=models, people=people, out=out); return 'result'
-    monkeypatch.setattr('faceid_nb.benchmark.benchmark', stand_in); monkeypatch.setattr('faceid_nb.benchmark.benchmark_table', lambda r: f'| table of {r} |')
+    def stand_in(models, people, out, **kw):
+        asked.update(kw, models=models, people=people, out=out)
+        return 'result'
+    monkeypatch.setattr('faceid_nb.benchmark.benchmark', stand_in)
+    monkeypatch.setattr('faceid_nb.benchmark.benchmark_table', lambda r: f'| table of {r} |')
     assert run('benchmark', 'people', '--model', 'a,b', '--samples', 3, '--seed', 5, '--prompt', 'p', '--steps', 6, '--scale', .8, '--guidance-scale', 2, '--batch', 7, '--device', 'cpu', '--out', tmp_path/'o') == 0
     assert asked == dict(models=['a', 'b'], people='people', out=str(tmp_path/'o'), num_samples=3, seed=5, prompt='p', num_inference_steps=6, scale=.8, guidance_scale=2., batch_size=7, load=dict(device='cpu'), executor=None, progress=False)
-    out = capsys.readouterr().out; assert '| table of result |' in out and 'benchmark.md' in out
+    out = capsys.readouterr().out
+    assert '| table of result |' in out and 'benchmark.md' in out
 
 
 def test_benchmark_for_real(drawn, tmp_path, capsys):
-    out = tmp_path/'out'; arguments = ['benchmark', drawn/'people', '--model', 'tiny-faceid', '--samples', 1, '--steps', 2, '--out', out]
+    out = tmp_path/'out'
+    arguments = ['benchmark', drawn/'people', '--model', 'tiny-faceid', '--samples', 1, '--steps', 2, '--out', out]
     assert run(*arguments) == 0
-    text = capsys.readouterr().out; assert text.startswith('| model | likeness') and (out/'benchmark.md').read_text().strip() in text and '| 3 | 3 |' in text and 'other photographs' in text
-    before = sorted(p.stat().st_mtime_ns for p in (out/'pictures').iterdir()); assert run(*arguments) == 0 and capsys.readouterr().out == text and sorted(p.stat().st_mtime_ns for p in (out/'pictures').iterdir()) == before
+    text = capsys.readouterr().out
+    assert text.startswith('| model | likeness') and (out/'benchmark.md').read_text().strip() in text and '| 3 | 3 |' in text and 'other photographs' in text
+    before = sorted(p.stat().st_mtime_ns for p in (out/'pictures').iterdir())
+    assert run(*arguments) == 0 and capsys.readouterr().out == text and sorted(p.stat().st_mtime_ns for p in (out/'pictures').iterdir()) == before
 
 
 @pytest.mark.parametrize('folder, says', [('nowhere', 'No such folder'), ('people/p0/a.png', 'It is a file'), ('people/p0', 'two people')])
 def test_bad_people(folder, says, drawn, tmp_path, capsys):
-    if folder == 'people/p0': (tmp_path/'one').mkdir(); (tmp_path/'one'/'a.png').write_bytes((drawn/'me.png').read_bytes()); where = tmp_path/'one'
+    if folder == 'people/p0':
+        (tmp_path/'one').mkdir()
+        (tmp_path/'one'/'a.png').write_bytes((drawn/'me.png').read_bytes())
+        where = tmp_path/'one'
     else: where = drawn/folder
     assert run('benchmark', where, '--out', tmp_path/'out') == 2
     assert says in one_line(capsys) and not (tmp_path/'out').exists()

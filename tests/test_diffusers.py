@@ -13,16 +13,21 @@ STEM = dict(faceid='', plus='-plus', plusv2='-plusv2', portrait='-portrait')
 
 def random_adapter(unet, variant, seed, rank=4, clip=96):
     "A random checkpoint that fits this UNet; every tensor matters."
-    a = FaceIDAdapter.new(unet, variant, 16 if variant == 'portrait' else 4, 0 if variant == 'portrait' else rank, seed, clip); G.fill_(a.net, 20 + seed); return a
+    a = FaceIDAdapter.new(unet, variant, 16 if variant == 'portrait' else 4, 0 if variant == 'portrait' else rank, seed, clip)
+    G.fill_(a.net, 20 + seed)
+    return a
 
 
 def random_pipeline(base, seed):
     "A pipeline with a UNet of random shape."
     from diffusers import UNet2DConditionModel
-    r = torch.Generator().manual_seed(seed); pick = lambda *xs: xs[int(torch.randint(len(xs), (), generator=r))]
-    pipe = G.pipeline(base); spec = {**G.SPEC['configs'][f'unet_{base}'], 'layers_per_block': pick(1, 2)}
+    r = torch.Generator().manual_seed(seed)
+    pick = lambda *xs: xs[int(torch.randint(len(xs), (), generator=r))]
+    pipe = G.pipeline(base)
+    spec = {**G.SPEC['configs'][f'unet_{base}'], 'layers_per_block': pick(1, 2)}
     spec |= dict(block_out_channels=pick((16, 32), (32, 64)), attention_head_dim=pick(4, 8)) if base == 'sd' else {}
-    pipe.register_modules(unet=G.fill_(UNet2DConditionModel(**spec), 10 + seed).eval()); return pipe, pick
+    pipe.register_modules(unet=G.fill_(UNet2DConditionModel(**spec), 10 + seed).eval())
+    return pipe, pick
 
 
 def draw(pipe, prompts, seeds, guidance, k=1, **more):
@@ -34,17 +39,25 @@ def draw(pipe, prompts, seeds, guidance, k=1, **more):
 @pytest.mark.parametrize('base, guidance, seed', [('sd', 1., 0), ('sd', 5., 1), ('sdxl', 5., 2)])
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_same_pictures(tmp_path, variant, base, guidance, seed):
-    pipe, pick = random_pipeline(base, seed); k, scale, s_scale, photos = pick(1, 2), pick(.4, 1., 1.6), pick(.3, 1., 1.5), pick(1, 2, 3, 5) if variant == 'portrait' else 1
-    adapter = random_adapter(pipe.unet, variant, seed); g = torch.Generator().manual_seed(seed); e = torch.nn.functional.normalize(torch.randn(photos, 512, generator=g), dim=1)
-    states, nobody = torch.randn(1, 17, 96, generator=g), torch.randn(1, 17, 96, generator=g); seeds = list(range(3, 3 + k))
-    adapter.attach(pipe); own = dict(structure=states, negative_structure=nobody, s_scale=s_scale) if 'plus' in variant else {}
+    pipe, pick = random_pipeline(base, seed)
+    k, scale, s_scale, photos = pick(1, 2), pick(.4, 1., 1.6), pick(.3, 1., 1.5), pick(1, 2, 3, 5) if variant == 'portrait' else 1
+    adapter = random_adapter(pipe.unet, variant, seed)
+    g = torch.Generator().manual_seed(seed)
+    e = torch.nn.functional.normalize(torch.randn(photos, 512, generator=g), dim=1)
+    states, nobody = torch.randn(1, 17, 96, generator=g), torch.randn(1, 17, 96, generator=g)
+    seeds = list(range(3, 3 + k))
+    adapter.attach(pipe)
+    own = dict(structure=states, negative_structure=nobody, s_scale=s_scale) if 'plus' in variant else {}
     with adapter.condition(e[None] if variant == 'portrait' else e, scale=scale, num_images_per_prompt=k, **own): ours = draw(pipe, ['a b'], seeds, guidance, k)
-    adapter.detach(); bare = draw(pipe, ['a b'], seeds, guidance, k)
+    adapter.detach()
+    bare = draw(pipe, ['a b'], seeds, guidance, k)
     file = adapter.save(tmp_path/f'ip-adapter-faceid{STEM[variant]}_x.safetensors')
-    pipe.load_ip_adapter(str(tmp_path), subfolder='', weight_name=file.name, image_encoder_folder=None); pipe.set_ip_adapter_scale(scale)
+    pipe.load_ip_adapter(str(tmp_path), subfolder='', weight_name=file.name, image_encoder_folder=None)
+    pipe.set_ip_adapter_scale(scale)
     stack = torch.stack([torch.zeros_like(e), e]) if guidance > 1 else e[None]
     if 'plus' in variant:
-        proj = pipe.unet.encoder_hid_proj.image_projection_layers[0]; proj.shortcut, proj.shortcut_scale = variant == 'plusv2', s_scale
+        proj = pipe.unet.encoder_hid_proj.image_projection_layers[0]
+        proj.shortcut, proj.shortcut_scale = variant == 'plusv2', s_scale
         # diffusers repeats the embeddings for the pictures of a prompt, the states are the caller's business
         proj.clip_embeds = torch.cat([s.repeat(k, 1, 1) for s in ((nobody, states) if guidance > 1 else (states,))])[:, None]
     theirs = draw(pipe, ['a b'], seeds, guidance, k, ip_adapter_image_embeds=[stack])
@@ -59,15 +72,20 @@ def test_same_pictures(tmp_path, variant, base, guidance, seed):
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_round_trips(tmp_path, variant):
-    unet = G.pipeline('sd').unet; names = list(unet.attn_processors); a = random_adapter(unet, variant, 5); same = lambda x, y: all(getattr(x, p).keys() == getattr(y, p).keys() and all(torch.equal(t, getattr(y, p)[k]) for k, t in getattr(x, p).items()) for p in ('image_proj', 'ip_adapter'))
+    unet = G.pipeline('sd').unet
+    names = list(unet.attn_processors)
+    a = random_adapter(unet, variant, 5)
+    same = lambda x, y: all(getattr(x, p).keys() == getattr(y, p).keys() and all(torch.equal(t, getattr(y, p)[k]) for k, t in getattr(x, p).items()) for p in ('image_proj', 'ip_adapter'))
     first = C.read_checkpoint(a.save(tmp_path/f'ip-adapter-faceid{STEM[variant]}_sd15.bin'))
-    C.convert(first.path, tmp_path/'b.safetensors', variant); C.convert(tmp_path/'b.safetensors', tmp_path/f'c{STEM[variant]}.bin')
+    C.convert(first.path, tmp_path/'b.safetensors', variant)
+    C.convert(tmp_path/'b.safetensors', tmp_path/f'c{STEM[variant]}.bin')
     assert same(first, C.read_checkpoint(tmp_path/f'c{STEM[variant]}.bin', variant)) and same(first, C.from_diffusers(C.to_diffusers(first, names), names, variant))
     if variant == 'portrait':
         with pytest.raises(LoRAError, match='no LoRA inside'): C.split_lora(first.path, tmp_path/'d.safetensors', tmp_path/'l.safetensors', names)
         return
     bare, lora = C.split_lora(first.path, tmp_path/'d.safetensors', tmp_path/'l.safetensors', names)
-    c = C.read_checkpoint(bare); assert c.lora_rank == 0 and c.variant == variant
+    c = C.read_checkpoint(bare)
+    assert c.lora_rank == 0 and c.variant == variant
     assert same(first, C.read_checkpoint(C.join_lora(bare, lora, tmp_path/'e.safetensors', names)))
     with pytest.raises(LoRAError, match='already'): C.join_lora(first.path, lora, tmp_path/'f.safetensors', names)
 
@@ -78,7 +96,10 @@ def test_a_unet_without_an_adapter():
 
 
 def test_names_of_another_unet_and_two_adapters_are_refused():
-    unet = G.pipeline('sd').unet; names = list(unet.attn_processors); state = random_adapter(unet, 'faceid', 5).state_dict(); held = C.to_diffusers(C.check_state(state), names)
+    unet = G.pipeline('sd').unet
+    names = list(unet.attn_processors)
+    state = random_adapter(unet, 'faceid', 5).state_dict()
+    held = C.to_diffusers(C.check_state(state), names)
     with pytest.raises(BaseModelError, match='another UNet'): C.from_diffusers(held, names[:2])
     with pytest.raises(CheckpointError, match='2 adapters'): C.from_diffusers(held | {k.replace('layers.0.', 'layers.1.', 1): t for k, t in held.items() if 'hid_proj' in k}, names)
 
@@ -86,7 +107,10 @@ def test_names_of_another_unet_and_two_adapters_are_refused():
 @pytest.mark.parametrize('photos', [1, 2, 3, 5, 7])
 @pytest.mark.parametrize('base, tokens', [('sd', 16), ('sd', 8), ('sdxl', 16)])
 def test_portrait_takes_any_number_of_photographs(base, tokens, photos):
-    pipe = G.pipeline(base); a = FaceIDAdapter.new(pipe.unet, 'portrait', tokens, 0); G.fill_(a.net, 3); e = torch.randn(1, photos, 512)
+    pipe = G.pipeline(base)
+    a = FaceIDAdapter.new(pipe.unet, 'portrait', tokens, 0)
+    G.fill_(a.net, 3)
+    e = torch.randn(1, photos, 512)
     assert a.tokens(e).shape == (1, photos*tokens, pipe.unet.config.cross_attention_dim)
     one_by_one = torch.cat([a.tokens(e[:, k]) for k in range(photos)], 1)
     assert (a.tokens(e) - one_by_one).abs().max() < 1e-5
@@ -96,8 +120,11 @@ def test_an_unnormalised_checkpoint_reads_raw_embeddings(tmp_path):
     "An MLP trained so says it in its file's name; the official file, a resampler with learnt queries, also in its tensors (test_variants)."
     from faceid_nb.errors import ArgumentError
     from faceid_nb.face import Face
-    pipe = G.pipeline('sdxl'); a = random_adapter(pipe.unet, 'portrait', 4); unit = torch.nn.functional.normalize(torch.randn(512, generator=torch.Generator().manual_seed(0)), dim=0)
-    face = Face(unit.numpy(), raw_embedding=(22*unit).numpy()); made = {}
+    pipe = G.pipeline('sdxl')
+    a = random_adapter(pipe.unet, 'portrait', 4)
+    unit = torch.nn.functional.normalize(torch.randn(512, generator=torch.Generator().manual_seed(0)), dim=0)
+    face = Face(unit.numpy(), raw_embedding=(22*unit).numpy())
+    made = {}
     for name in ('ip-adapter-faceid-portrait_sdxl.bin', 'ip-adapter-faceid-portrait_sdxl_unnorm.bin'):
         adapter = FaceIDAdapter.from_file(a.save(tmp_path/name)).attach(pipe)
         with adapter.condition([[face, face]]) as c: made[name] = c.tokens
@@ -112,6 +139,9 @@ def test_an_unnormalised_checkpoint_reads_raw_embeddings(tmp_path):
 @pytest.mark.parametrize('name', ['sd15-portrait-v11', 'sdxl-portrait', 'sdxl-portrait-unnorm'])
 def test_the_other_portraits_have_names(name, tmp_path):
     from faceid_nb.models import MODELS
-    m = MODELS[name]; assert m.variant == 'portrait' and m.checkpoint.startswith('ip-adapter-faceid-portrait')
-    pipe = G.pipeline('sdxl' if name.startswith('sdxl') else 'sd'); file = random_adapter(pipe.unet, 'portrait', 1).save(tmp_path/m.checkpoint)
-    a = FaceIDAdapter.from_file(file); assert (a.variant, a.num_tokens, a.raw) == ('portrait', 16, 'unnorm' in name)
+    m = MODELS[name]
+    assert m.variant == 'portrait' and m.checkpoint.startswith('ip-adapter-faceid-portrait')
+    pipe = G.pipeline('sdxl' if name.startswith('sdxl') else 'sd')
+    file = random_adapter(pipe.unet, 'portrait', 1).save(tmp_path/m.checkpoint)
+    a = FaceIDAdapter.from_file(file)
+    assert (a.variant, a.num_tokens, a.raw) == ('portrait', 16, 'unnorm' in name)

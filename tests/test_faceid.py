@@ -95,9 +95,11 @@ def test_other_outputs(me):
 
 def test_pipelines_that_take_pictures(me):
     from diffusers import StableDiffusionImg2ImgPipeline
-    pipe = StableDiffusionImg2ImgPipeline.from_pipe(me.pipe); pipe.set_progress_bar_config(disable=True)
+    pipe = StableDiffusionImg2ImgPipeline.from_pipe(me.pipe)
+    pipe.set_progress_bar_config(disable=True)
     other = FaceID(pipe, FaceIDAdapter.from_state(**H.adapter_state(pipe.unet), variant='faceid'))
-    image = Image.new('RGB', (64, 64), 'red'); blue = Image.new('RGB', (64, 64), 'blue')
+    image = Image.new('RGB', (64, 64), 'red')
+    blue = Image.new('RGB', (64, 64), 'blue')
     both = other.generate(E[:2], 'a', num_samples=1, seed=1, image=[image, blue], strength=.5, num_inference_steps=4)
     one = other.generate(E[:2], 'a', num_samples=1, seed=1, image=[image, blue], strength=.5, num_inference_steps=4, batch_size=1)
     assert far(both, one) <= 1
@@ -109,7 +111,9 @@ def test_pipelines_that_take_pictures(me):
 # --- progress, streaming, stopping
 def test_steps_and_callbacks(me):
     steps, theirs = [], []
-    def callback(pipe, i, t, tensors): theirs.append(i); return tensors
+    def callback(pipe, i, t, tensors):
+        theirs.append(i)
+        return tensors
     images = me.generate(E[:3], 'a', num_samples=1, seed=1, batch_size=2, on_step=steps.append, callback_on_step_end=callback, num_inference_steps=3)
     assert [s.done for s in steps] == [1, 2, 3, 3, 4, 5, 6, 6] and all(s.total == 6 for s in steps) and theirs == [0, 1, 2] * 2
     assert [len(s.images) for s in steps] == [0, 0, 0, 2, 2, 2, 2, 3] and steps[-1].images == images and len(steps[4].rows) == 1
@@ -125,7 +129,8 @@ def test_last_preview_is_the_picture(me):
 @pytest.mark.parametrize('final_one', [False, True])
 def test_clean_latents_are_exact(final_one):
     from diffusers import DDIMScheduler
-    s = DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False, set_alpha_to_one=final_one, steps_offset=1); s.set_timesteps(5)
+    s = DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False, set_alpha_to_one=final_one, steps_offset=1)
+    s.set_timesteps(5)
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64)
     for i, t in enumerate(s.timesteps):
         out = s.step(torch.randn_like(x), t, x)
@@ -142,17 +147,23 @@ def test_stream_is_generate(me):
 
 def test_stream_waits_for_its_reader(me):
     work = []
-    def callback(pipe, i, t, tensors): work.append(i); return tensors
+    def callback(pipe, i, t, tensors):
+        work.append(i)
+        return tensors
     stream = me.stream(E[0], 'a', num_samples=1, seed=1, num_inference_steps=5, callback_on_step_end=callback)
-    next(stream); time.sleep(.3)
+    next(stream)
+    time.sleep(.3)
     assert work == [0]
-    next(stream); assert work == [0, 1]
+    next(stream)
+    assert work == [0, 1]
     stream.close()
 
 
 def test_leaving_a_stream_frees_the_pipeline(me):
     work = []
-    def callback(pipe, i, t, tensors): work.append(i); return tensors
+    def callback(pipe, i, t, tensors):
+        work.append(i)
+        return tensors
     for step in me.stream(E[0], 'a', num_samples=1, seed=1, num_inference_steps=50, callback_on_step_end=callback):
         if step.done == 2: break
     del step  # nobody holds the generator any more
@@ -172,9 +183,11 @@ def test_stop_keeps_what_is_finished(me):
 def test_stop_from_another_thread(me):
     got, begun = [], threading.Event()
     thread = threading.Thread(target=lambda: got.append(me.generate(E[0], 'a', num_samples=1, num_inference_steps=900, on_step=lambda s: begun.set())))
-    thread.start(); assert begun.wait(60)
+    thread.start()
+    assert begun.wait(60)
     with pytest.raises(ArgumentError, match='already generating'): me.generate(E[0], 'a', **FAST)
-    me.stop(); thread.join(60)
+    me.stop()
+    thread.join(60)
     assert not thread.is_alive() and got == [[]]
     assert len(me.generate(E[0], 'a', num_samples=1, **FAST)) == 1
 
@@ -229,7 +242,8 @@ def test_records(me, tmp_path):
     assert read_record(path) == {**r, 'likeness': .5} and np.array_equal(np.asarray(Image.open(path)), np.asarray(images[3])) and os.listdir(tmp_path / 'new') == ['p.png']
     again = me.generate(E[1], r['prompt'], num_samples=1, seed=r['seed'], scale=r['scale'], guidance_scale=3., width=r['width'], **FAST)
     assert far(again, images[3:]) <= 1
-    Image.new('RGB', (4, 4)).save(tmp_path / 'bare.png'); assert read_record(tmp_path / 'bare.png') == {}
+    Image.new('RGB', (4, 4)).save(tmp_path / 'bare.png')
+    assert read_record(tmp_path / 'bare.png') == {}
 
 
 def test_record_holds_no_face(me):
@@ -239,11 +253,14 @@ def test_record_holds_no_face(me):
 
 def test_save_is_all_or_nothing(me, tmp_path):
     image = me.generate(E[0], 'a', num_samples=1, **FAST)[0]
-    save_png(image, tmp_path / 'p.png'); before = (tmp_path / 'p.png').read_bytes()
+    save_png(image, tmp_path / 'p.png')
+    before = (tmp_path / 'p.png').read_bytes()
     with pytest.raises(TypeError): save_png(image, tmp_path / 'p.png', likeness=object())
     class Broken(Image.Image):
         info = {}
-        def save(self, path, *a, **k): open(path, 'wb').write(b'half'); raise OSError('disk full')
+        def save(self, path, *a, **k):
+            open(path, 'wb').write(b'half')
+            raise OSError('disk full')
     with pytest.raises(OSError, match='disk full'): save_png(Broken(), tmp_path / 'p.png')
     assert (tmp_path / 'p.png').read_bytes() == before and os.listdir(tmp_path) == ['p.png']
 

@@ -60,7 +60,8 @@ def pool(): return torch.randn(40_000_000, generator=torch.Generator().manual_se
 
 def numbers(shape, name, dtype=torch.float16):
     "Numbers that are quickly had: a piece of one long random row, which one the name says; scaled by the inputs so that nothing explodes."
-    n = torch.Size(shape).numel(); start = sum(map(ord, name))*7919 % (len(pool()) - n)
+    n = torch.Size(shape).numel()
+    start = sum(map(ord, name))*7919 % (len(pool()) - n)
     return (pool()[start:start + n]*(.5*shape[-1]**-.5 if len(shape) > 1 else .1)).to(dtype).reshape(shape)
 
 
@@ -73,7 +74,8 @@ def meta_unet(words):
 
 def weight(name, p, into):
     "A UNet's parameter of this name: the same numbers whenever they are asked for, so that none need be kept to compare with."
-    n = p.numel(); start = sum(map(ord, name))*7919 % (len(pool()) - n)
+    n = p.numel()
+    start = sum(map(ord, name))*7919 % (len(pool()) - n)
     torch.mul(pool()[start:start + n], .5*p[0].numel()**-.5 if p.ndim > 1 else .1, out=(t := into.view(-1)[:n]))
     return (t.add_(1) if 'norm' in name and name.endswith('weight') else t).view(p.shape)
 
@@ -92,7 +94,8 @@ def test_the_unets_are_the_official_ones():
 
 @pytest.mark.parametrize('variant', ['faceid', 'plusv2'])
 def test_the_file_is_as_large_as_the_official_one(folder, variant):
-    path = folder/f'ip-adapter-{"" if variant == "faceid" else "faceid-"}{variant}_sd15.bin'; torch.save(state(variant, 768), path)
+    path = folder/f'ip-adapter-{"" if variant == "faceid" else "faceid-"}{variant}_sd15.bin'
+    torch.save(state(variant, 768), path)
     assert abs(path.stat().st_size - MB[variant, 768]) < 100_000      # of the zip's own bookkeeping; one more row would be larger
     c = read_checkpoint(path)
     assert (c.variant, c.num_tokens, c.lora_rank, c.cross_attention_dim, c.base) == (variant, 4, 128, 768, 'sd15') and c.layers == list(range(1, 32, 2))
@@ -110,7 +113,8 @@ def test_one_step_of_stable_diffusion_15(folder):
     x, text, face, clip = (torch.randn(s, generator=draw) for s in ((1, 4, 16, 16), (1, 77, 768), (1, 512), (1, 257, 1280)))
     @torch.no_grad()
     def step(): return unet(x, 500, encoder_hidden_states=text).sample
-    bare = step(); assert torch.isfinite(bare).all() and bare.std() > 1e-3
+    bare = step()
+    assert torch.isfinite(bare).all() and bare.std() > 1e-3
     adapter = FaceIDAdapter.from_file(path).attach(unet)
     folded = step()
     with adapter.condition(torch.nn.functional.normalize(face, dim=-1), structure=clip, guidance=1) as c:
@@ -118,18 +122,23 @@ def test_one_step_of_stable_diffusion_15(folder):
         assert len(c.kv) == 16 and {tuple(k.shape) for k, v in c.kv.values()} == {(1, 8, 4, w//8) for w in (320, 640, 1280)}
     change = lambda a, b: ((a - b).abs().max()/bare.std()).item()
     assert torch.isfinite(shown).all() and change(folded, bare) > 1e-3 and change(shown, folded) > 1e-3 and torch.equal(step(), folded)
-    adapter.detach(); room = torch.empty(max(p.numel() for p in unet.parameters()))
+    adapter.detach()
+    room = torch.empty(max(p.numel() for p in unet.parameters()))
     assert torch.equal(step(), bare) and unet.attn_processors == processors and all(torch.equal(p, weight(n, p, into=room)) for n, p in unet.named_parameters())
-    del unet, adapter; gc.collect()
+    del unet, adapter
+    gc.collect()
 
 
 @pytest.mark.parametrize('variant, words', [(v, w) for w in UNETS for v in ('faceid', 'plus', 'plusv2', 'portrait') if (v, w) != ('plus', 2048)])      # SDXL has PlusV2 only
 def test_every_tensor_finds_its_layer(words, variant):
-    s = state(variant, words); unet = meta_unet(words); c = check_state(s, variant)
+    s = state(variant, words)
+    unet = meta_unet(words)
+    c = check_state(s, variant)
     assert (c.variant, c.num_tokens, c.lora_rank, c.cross_attention_dim, c.base) == (variant, 16 if variant == 'portrait' else 4, 0 if variant == 'portrait' else 128, words, {768: 'sd15', 2048: 'sdxl'}[words])
     assert len(c.layers) == len(BLOCKS[words]) and c.embedding_dim == 512
     check_fits(c, unet)
-    lora = lora_from_checkpoint(c.ip_adapter, list(unet.attn_processors)); pairs = lora_pairs(unet, lora)
+    lora = lora_from_checkpoint(c.ip_adapter, list(unet.attn_processors))
+    pairs = lora_pairs(unet, lora)
     assert set(pairs) == ({f'{path}.attn{k}.{part}' for _, path in BLOCKS[words] for k in (1, 2) for part in ('to_q', 'to_k', 'to_v', 'to_out.0')} if variant != 'portrait' else set())
     assert 2*len(pairs) + 2*len(c.layers) == len(c.ip_adapter)        # nothing is left over
     for path, (layer, down, up) in pairs.items(): assert layer.weight.shape == (len(up), down.shape[1])
@@ -137,20 +146,26 @@ def test_every_tensor_finds_its_layer(words, variant):
 
 @pytest.mark.parametrize('variant', ['plusv2', 'portrait'])      # FaceID's tensors are among PlusV2's
 def test_one_step_of_sdxl_by_shapes(variant):
-    unet = meta_unet(2048); processors = dict(unet.attn_processors); s = state(variant, 2048)
-    adapter = FaceIDAdapter.from_state(s['image_proj'], s['ip_adapter'], variant).attach(unet); del s
+    unet = meta_unet(2048)
+    processors = dict(unet.attn_processors)
+    s = state(variant, 2048)
+    adapter = FaceIDAdapter.from_state(s['image_proj'], s['ip_adapter'], variant).attach(unet)
+    del s
     empty = lambda *shape: torch.empty(shape, device='meta')
     unit = torch.nn.functional.normalize(torch.ones(1, 512), dim=-1)
     with adapter.condition([[unit[0]]*2] if variant == 'portrait' else unit, structure=torch.ones(1, 257, 1280) if 'plus' in variant else None, guidance=1) as c, torch.no_grad():
         out = unet(empty(1, 4, 128, 128), 500, encoder_hidden_states=empty(1, 77, 2048), added_cond_kwargs=dict(text_embeds=empty(1, 1280), time_ids=empty(1, 6))).sample
         assert out.shape == (1, 4, 128, 128) and len(c.kv) == 70
         assert {tuple(k.shape) for k, v in c.kv.values()} == {(1, heads, 32 if variant == 'portrait' else 4, 64) for heads in (10, 20)}
-    adapter.detach(); assert unet.attn_processors == processors and not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
+    adapter.detach()
+    assert unet.attn_processors == processors and not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
 
 
 @pytest.mark.parametrize('words, other, fits', [(768, 2048, 'Stable Diffusion 1.x'), (2048, 768, 'SDXL')])
 def test_the_other_base_model_is_refused(words, other, fits):
-    unet = meta_unet(other); processors = dict(unet.attn_processors); s = state('portrait' if words == 2048 else 'faceid', words)
+    unet = meta_unet(other)
+    processors = dict(unet.attn_processors)
+    s = state('portrait' if words == 2048 else 'faceid', words)
     with pytest.raises(BaseModelError, match=f'tokens are {words} wide, the words of this UNet {other}') as e: FaceIDAdapter.from_state(**s).attach(unet)
     assert e.value.do.endswith(fits) and {768: 'Stable Diffusion 1.x', 2048: 'SDXL'}[other] in e.value.found and unet.attn_processors == processors
     lora = {f'{path}.attn1.to_q.{half}': torch.zeros(s) for w, path in BLOCKS[words] for half, s in (('down', (RANK, w)), ('up', (w, RANK)))}
@@ -171,7 +186,8 @@ def test_the_separate_lora(folder, words):
     from safetensors.torch import save_file
     flat = {f'unet.{path}.attn{k}.{part}.lora_{ab}.weight': (RANK, inputs) if ab == 'A' else (w, RANK) for w, path in BLOCKS[words] for k in (1, 2)
             for part, inputs in dict(to_q=w, to_k=words if k == 2 else w, to_v=words if k == 2 else w, **{'to_out.0': w}).items() for ab in 'AB'}
-    path = folder/f'lora{words}.safetensors'; save_file({k: numbers(s, k).clone() for k, s in flat.items()}, path)
+    path = folder/f'lora{words}.safetensors'
+    save_file({k: numbers(s, k).clone() for k, s in flat.items()}, path)
     if words == 768: assert abs(path.stat().st_size - 51_059_544) < 40_000      # the official file
     assert len(lora_pairs(meta_unet(words), read_lora(path))) == 8*len(BLOCKS[words])
 
@@ -179,7 +195,8 @@ def test_the_separate_lora(folder, words):
 def test_the_image_encoder_is_vit_h():
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
     with torch.device('meta'): right, wrong = (StructureEncoder(CLIPVisionModelWithProjection(CLIPVisionConfig(**c))) for c in (VIT_H, BIG_G))
-    s = state('plusv2', 768); adapter = FaceIDAdapter.from_state(**s, variant='plusv2')
+    s = state('plusv2', 768)
+    adapter = FaceIDAdapter.from_state(**s, variant='plusv2')
     assert adapter.structure_width == 1280 and right.check(adapter.structure_width) is right
     assert right.states(torch.empty(2, 3, 224, 224, device='meta')).shape == (2, 257, 1280)
     with pytest.raises(BaseModelError, match=r'1664 wide \(ViT-bigG\).*1280 wide \(ViT-H, laion/CLIP-ViT-H-14'): wrong.check(adapter.structure_width)

@@ -16,7 +16,9 @@ STATES = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(6))
 @pytest.fixture(scope='module')
 def known():
     "A FaceID with everything learnt, on the golden UNet."
-    unet = G.pipeline('sd').unet; a = FaceIDAdapter.new(unet, 'faceid', 4, 8); G.fill_(a.net, 7)
+    unet = G.pipeline('sd').unet
+    a = FaceIDAdapter.new(unet, 'faceid', 4, 8)
+    G.fill_(a.net, 7)
     with torch.no_grad():
         for p in a.net.ip_adapter.parameters(): p.mul_(.3)      # so that a resampler's tenth stays small beside it
     return unet, a
@@ -24,10 +26,13 @@ def known():
 
 def run(unet, adapter, lora=1., **more):
     "What the UNet says with this adapter on it."
-    g = torch.Generator().manual_seed(0); x, text = torch.randn(2, 4, 16, 16, generator=g), torch.randn(2, 7, 64, generator=g); adapter.attach(unet, lora_weight=lora)
+    g = torch.Generator().manual_seed(0)
+    x, text = torch.randn(2, 4, 16, 16, generator=g), torch.randn(2, 7, 64, generator=g)
+    adapter.attach(unet, lora_weight=lora)
     if adapter.structure_width: more |= dict(structure=STATES, negative_structure=STATES[:1])
     with torch.no_grad(), adapter.condition(E, guidance=1, **more): y = unet(x, 500, text).sample
-    adapter.detach(); return y
+    adapter.detach()
+    return y
 
 
 def far(a, b): return float((a - b).norm()/b.norm())
@@ -35,27 +40,39 @@ def far(a, b): return float((a - b).norm()/b.norm())
 
 @pytest.mark.parametrize('variant, tokens, rank, more, less', [('faceid', 4, 8, {}, 2e-3), ('faceid', 4, 16, {}, 2e-3), ('portrait', 8, 0, {}, 2e-2), ('plus', 4, 8, {}, .1), ('plusv2', 4, 8, dict(s_scale=0.), 2e-2)])
 def test_a_grown_adapter_says_what_the_known_one_says(known, variant, tokens, rank, more, less):
-    unet, a = known; said = run(unet, a, 1. if rank else 0.); grown = T.grow(a, unet, unet, variant, tokens, rank, clip_embeddings_dim=32); fresh = FaceIDAdapter.new(unet, variant, tokens, rank, 0, 32)
+    unet, a = known
+    said = run(unet, a, 1. if rank else 0.)
+    grown = T.grow(a, unet, unet, variant, tokens, rank, clip_embeddings_dim=32)
+    fresh = FaceIDAdapter.new(unet, variant, tokens, rank, 0, 32)
     assert grown.variant == variant and grown.num_tokens == tokens
     assert far(run(unet, grown, **more), said) < less < far(run(unet, fresh, **more), said)/3
 
 
 def test_a_lora_is_cut_to_the_nearest_of_its_rank():
-    g = torch.Generator().manual_seed(0); down, up = torch.randn(8, 20, generator=g), torch.randn(12, 8, generator=g); full = up @ down; s = torch.linalg.svdvals(full)
+    g = torch.Generator().manual_seed(0)
+    down, up = torch.randn(8, 20, generator=g), torch.randn(12, 8, generator=g)
+    full = up @ down
+    s = torch.linalg.svdvals(full)
     for rank in (2, 8, 11):
-        d, u = T._cut(down, up, torch.zeros(rank, 25)); assert d.shape == (rank, 25) and u.shape == (12, rank) and not d[:, 20:].any()
+        d, u = T._cut(down, up, torch.zeros(rank, 25))
+        assert d.shape == (rank, 25) and u.shape == (12, rank) and not d[:, 20:].any()
         assert abs(float((u @ d[:, :20] - full).norm()) - float(s[rank:].norm())) < 1e-3      # Eckart and Young
 
 
 def test_repeated_tokens_do_not_stay_alike(known):
-    unet, a = known; t = T.grow(a, unet, unet, 'portrait', 16, 0).tokens(E)
+    unet, a = known
+    t = T.grow(a, unet, unet, 'portrait', 16, 0).tokens(E)
     assert t.shape[1] == 16 and all(float((t[:, k] - t[:, k + 4]).abs().mean()) > 1e-3 for k in range(12))
 
 
 def test_a_trained_resampler_grows_into_a_wider_one():
     from faceid_nb.projection import PlusProjection
-    torch.manual_seed(0); a, b = PlusProjection(64, clip_embeddings_dim=32), PlusProjection(128, clip_embeddings_dim=32); fresh = PlusProjection(128, clip_embeddings_dim=32)
-    x = torch.randn(2, 4, 64); x = (x - x.mean(-1, keepdim=True))/x.std(-1, keepdim=True); wide = torch.nn.functional.pad(x, (0, 64))
+    torch.manual_seed(0)
+    a, b = PlusProjection(64, clip_embeddings_dim=32), PlusProjection(128, clip_embeddings_dim=32)
+    fresh = PlusProjection(128, clip_embeddings_dim=32)
+    x = torch.randn(2, 4, 64)
+    x = (x - x.mean(-1, keepdim=True))/x.std(-1, keepdim=True)
+    wide = torch.nn.functional.pad(x, (0, 64))
     b.load_state_dict(T._wider(a.state_dict(), b.state_dict()), strict=False)
     with torch.no_grad(): r, w, f = a.perceiver_resampler(x, STATES), b.perceiver_resampler(wide, STATES)[..., :64], fresh.perceiver_resampler(wide, STATES)[..., :64]
     cos = lambda p, q: float(torch.nn.functional.cosine_similarity(p.flatten(), q.flatten(), dim=0))
@@ -64,7 +81,8 @@ def test_a_trained_resampler_grows_into_a_wider_one():
 
 def test_what_cannot_be_grown_is_refused():
     from faceid_nb.errors import ArgumentError
-    unet = G.pipeline('sd').unet; a = FaceIDAdapter.new(unet, 'plusv2', rank=2, clip_embeddings_dim=32)
+    unet = G.pipeline('sd').unet
+    a = FaceIDAdapter.new(unet, 'plusv2', rank=2, clip_embeddings_dim=32)
     with pytest.raises(ArgumentError, match='different widths'): T.grow(a, unet, unet, 'plusv2', clip_embeddings_dim=48)
     a.raw = True
     with pytest.raises(ArgumentError, match='unnormalised'): T.grow(a, unet, unet, 'faceid')
@@ -72,25 +90,36 @@ def test_what_cannot_be_grown_is_refused():
 
 def test_another_variant_does_not_take_over_the_resampler():
     "What Plus's resampler says is the person; PlusV2's only adds to the person."
-    unet = G.pipeline('sd').unet; a = FaceIDAdapter.new(unet, 'plus', rank=2, clip_embeddings_dim=32); G.fill_(a.net, 2); key = 'perceiver_resampler.layers.0.0.to_q.weight'
+    unet = G.pipeline('sd').unet
+    a = FaceIDAdapter.new(unet, 'plus', rank=2, clip_embeddings_dim=32)
+    G.fill_(a.net, 2)
+    key = 'perceiver_resampler.layers.0.0.to_q.weight'
     same, other = (T.grow(a, unet, unet, v, rank=2, clip_embeddings_dim=32).state_dict()['image_proj'][key] for v in ('plus', 'plusv2'))
-    was = a.state_dict()['image_proj'][key]; assert torch.equal(same, was) and not torch.equal(other, was)
+    was = a.state_dict()['image_proj'][key]
+    assert torch.equal(same, was) and not torch.equal(other, was)
 
 
 # --- the base in the shape of SDXL
 
 def test_the_sdxl_unet_begins_as_the_old_one():
     from faceid_nb.models import load_pipeline
-    sd = load_pipeline(TINY/'sd'); unet = X.take_over(X.new_unet_sdxl(sd.unet), sd.unet).eval(); g = torch.Generator().manual_seed(0)
-    x, text, extra = torch.randn(2, 8, 16, 16, generator=g), torch.randn(2, 9, 128, generator=g), torch.zeros(2, 9, 64); added = dict(text_embeds=torch.randn(2, 64, generator=g), time_ids=torch.tensor([[64., 64, 0, 0, 64, 64]]).expand(2, -1))
+    sd = load_pipeline(TINY/'sd')
+    unet = X.take_over(X.new_unet_sdxl(sd.unet), sd.unet).eval()
+    g = torch.Generator().manual_seed(0)
+    x, text, extra = torch.randn(2, 8, 16, 16, generator=g), torch.randn(2, 9, 128, generator=g), torch.zeros(2, 9, 64)
+    added = dict(text_embeds=torch.randn(2, 64, generator=g), time_ids=torch.tensor([[64., 64, 0, 0, 64, 64]]).expand(2, -1))
     with torch.no_grad(): a, b = sd.unet(x, 300, text).sample, unet(x, 300, torch.cat([text, extra], -1), added_cond_kwargs=added).sample
     assert far(b, a) < 1e-4
 
 
 def test_sdxl_text_is_what_the_pipeline_makes():
     import copy
-    pipe = G.pipeline('sdxl'); pipe.tokenizer_2 = copy.deepcopy(pipe.tokenizer); pipe.tokenizer_2.pad_token = pipe.tokenizer_2.convert_ids_to_tokens(0)    # as SDXL's, which fills up with '!'
-    assert pipe.tokenizer_2.pad_token_id == 0 != pipe.tokenizer.pad_token_id; ids = T.caption_ids(pipe.tokenizer, ['a b', 'b a b a', ''])
+    # as SDXL's, which fills up with '!'
+    pipe = G.pipeline('sdxl')
+    pipe.tokenizer_2 = copy.deepcopy(pipe.tokenizer)
+    pipe.tokenizer_2.pad_token = pipe.tokenizer_2.convert_ids_to_tokens(0)
+    assert pipe.tokenizer_2.pad_token_id == 0 != pipe.tokenizer.pad_token_id
+    ids = T.caption_ids(pipe.tokenizer, ['a b', 'b a b a', ''])
     with torch.no_grad():
         states, added = T.encode_sdxl(pipe.text_encoder, pipe.text_encoder_2, ids, 32, pipe.tokenizer_2.pad_token_id)
         want, _, pooled, _ = pipe.encode_prompt(['a b', 'b a b a', ''], device='cpu', num_images_per_prompt=1, do_classifier_free_guidance=False)
@@ -100,12 +129,17 @@ def test_sdxl_text_is_what_the_pipeline_makes():
 
 
 def test_an_adapter_learns_on_sdxl(tmp_path):
-    pipe = G.pipeline('sdxl'); g = torch.Generator().manual_seed(0); person = torch.arange(6).repeat_interleave(2); ids = T.caption_ids(pipe.tokenizer, ['a b']*12)[None]
+    pipe = G.pipeline('sdxl')
+    g = torch.Generator().manual_seed(0)
+    person = torch.arange(6).repeat_interleave(2)
+    ids = T.caption_ids(pipe.tokenizer, ['a b']*12)[None]
     table = T.LatentTable(torch.randn(12, 4, 8, 8, generator=g), ids, torch.randn(12, 512, generator=g), person, held=2)
     *_, last = T.train(pipe, table, tmp_path, steps=3, rank=2, batch=2, lr=1e-2, warmup=1, gauge=2, log_every=1, mixed_precision='no')
     assert {'loss', 'right', 'wrong'} <= set(last)
-    a = FaceIDAdapter.from_file(tmp_path/'ip-adapter-faceid_sdxl.safetensors').attach(pipe); before = FaceIDAdapter.new(pipe.unet, rank=2)
-    assert any(not torch.equal(p, q) for p, q in zip(a.parameters(), before.parameters())); a.detach()
+    a = FaceIDAdapter.from_file(tmp_path/'ip-adapter-faceid_sdxl.safetensors').attach(pipe)
+    before = FaceIDAdapter.new(pipe.unet, rank=2)
+    assert any(not torch.equal(p, q) for p, q in zip(a.parameters(), before.parameters()))
+    a.detach()
 
 
 # --- precision
@@ -122,7 +156,11 @@ def test_structure_distance_is_that_of_aligned_landmarks():
     from faceid_nb.align import crop_template
     from faceid_nb.face import Face
     import numpy as np
-    t = np.asarray(crop_template(112), np.float32); turn = np.array([[np.cos(.4), -np.sin(.4)], [np.sin(.4), np.cos(.4)]]); face = lambda p: Face(np.zeros(512, np.float32), landmarks=np.asarray(p, np.float32), pack='tiny')
+    t = np.asarray(crop_template(112), np.float32)
+    turn = np.array([[np.cos(.4), -np.sin(.4)], [np.sin(.4), np.cos(.4)]])
+    face = lambda p: Face(np.zeros(512, np.float32), landmarks=np.asarray(p, np.float32), pack='tiny')
     assert structure_distance(face(t), [face(3*t @ turn.T + 20)])[0] < 1e-5          # place, size and tilt are no structure
-    moved = t.copy(); moved[2] += [8, 0]; assert structure_distance(face(t), [face(moved), face(t)])[0] > .05
+    moved = t.copy()
+    moved[2] += [8, 0]
+    assert structure_distance(face(t), [face(moved), face(t)])[0] > .05
     assert structure_distance(face(moved), face(t)) == pytest.approx(structure_distance(face(t), face(moved)))

@@ -34,10 +34,14 @@ def blobs(home): return [p for p in home.rglob('blobs/*') if p.is_file()]
 
 @pytest.fixture(scope='module')
 def repos(tmp_path_factory):
-    f = tmp_path_factory.mktemp('hub'); (f/'faceid').mkdir()
+    f = tmp_path_factory.mktemp('hub')
+    (f/'faceid').mkdir()
     for name in gold.SPEC['checkpoints']: gold.write_checkpoint(name, f/'faceid')
-    gold.image_encoder().save_pretrained(f/'vit'); sd, xl = gold.pipeline('sd'), gold.pipeline('sdxl')
-    sd.save_pretrained(f/'sd'); xl.save_pretrained(f/'xl'); sd.vae.save_pretrained(f/'vae')
+    gold.image_encoder().save_pretrained(f/'vit')
+    sd, xl = gold.pipeline('sd'), gold.pipeline('sdxl')
+    sd.save_pretrained(f/'sd')
+    xl.save_pretrained(f/'xl')
+    sd.vae.save_pretrained(f/'vae')
     return {HUB: f/'faceid', VIT_H: f/'vit', MODELS['sd15-faceid'].base: f/'sd', MODELS['sdxl-faceid'].base: f/'xl', MODELS['sd15-faceid'].vae: f/'vae'}
 
 
@@ -50,7 +54,8 @@ ONE = "print(json.dumps(attempt(lambda: find_file('ip-adapter-faceid_sd15.bin', 
 
 
 def test_names_download_load_and_generate(hub, tmp_path):
-    hub.packs['buffalo_l.zip'] = archive(); here = dict(HOME=str(tmp_path), FACEID_NB_PACK_URL=hub.pack_url)
+    hub.packs['buffalo_l.zip'] = archive()
+    here = dict(HOME=str(tmp_path), FACEID_NB_PACK_URL=hub.pack_url)
     code = '''
 import torch
 from faceid_nb.face import PACK_SUMS
@@ -67,12 +72,14 @@ print(json.dumps({n: go(n) for n in ('sd15-plusv2', 'sd15-faceid-lora', 'sdxl-pl
     assert [p for m, p, _ in hub.asked if p.startswith('packs')] == ['packs/buffalo_l.zip'] == [p for m, p, _ in hub.asked][:1]     # the face pack first
     fetched = {p for m, p, _ in hub.asked if m == 'GET' and p.startswith(HUB)}
     assert {p.rsplit('/', 1)[1] for p in fetched} == {'ip-adapter-faceid-plusv2_sd15.bin', 'ip-adapter-faceid_sd15.bin', 'ip-adapter-faceid_sd15_lora.safetensors', 'ip-adapter-faceid-plusv2_sdxl.bin'}   # nothing else
-    before = len(hub.asked); again, _ = child(code, hub, tmp_path, HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', **here)
+    before = len(hub.asked)
+    again, _ = child(code, hub, tmp_path, HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', **here)
     assert again == found and len(hub.asked) == before         # offline, from the cache
 
 
 def test_a_single_file_gets_its_configuration_once(hub, repos, tmp_path):
-    file = single_file(gold.pipeline('sd'), tmp_path/'mine.safetensors'); hub.repos = {**repos, CONFIGS[False]: repos[MODELS['sd15-faceid'].base]}
+    file = single_file(gold.pipeline('sd'), tmp_path/'mine.safetensors')
+    hub.repos = {**repos, CONFIGS[False]: repos[MODELS['sd15-faceid'].base]}
     code = f"""
 from faceid_nb.models import load_pipeline
 print(json.dumps([attempt(lambda: type(load_pipeline({str(file)!r}, download=d)).__name__) for d in (False, True, False)]))
@@ -84,13 +91,17 @@ print(json.dumps([attempt(lambda: type(load_pipeline({str(file)!r}, download=d))
 
 
 def test_an_interrupted_transfer_goes_on(hub, tmp_path):
-    big = hub.repos[HUB]/'big.bin'; big.write_bytes(os.urandom(24_000_000)); cut = [1]      # the client writes 10 MB at a time
+    # the client writes 10 MB at a time
+    big = hub.repos[HUB]/'big.bin'
+    big.write_bytes(os.urandom(24_000_000))
+    cut = [1]
     hub.faults.append(lambda path, method: ('cut', 15_000_000) if method == 'GET' and path.endswith('big.bin') and cut and cut.pop() else None)
     code = "print(json.dumps(attempt(lambda: find_file('big.bin', HUB))))"
     try:
         found, _ = child(code, hub, tmp_path)
         if 'error' in found:      # the client gave up: the next call goes on
-            assert found['error'] == 'WeightsMissingError' and 'what has arrived is kept' in found['says']; found, _ = child(code, hub, tmp_path)
+            assert found['error'] == 'WeightsMissingError' and 'what has arrived is kept' in found['says']
+            found, _ = child(code, hub, tmp_path)
         assert 'ok' in found and [r for m, p, r in hub.asked if m == 'GET' and r and int(r[6:].split('-')[0]) >= 10_000_000], hub.asked
         assert [b.read_bytes() for b in blobs(tmp_path)] == [big.read_bytes()]
     finally: big.unlink()
@@ -148,7 +159,10 @@ def archive(files=NETWORKS):
 @pytest.fixture
 def mirror(monkeypatch):
     with Hub({}) as h:
-        h.packs['buffalo_l.zip'] = archive(); monkeypatch.setenv('FACEID_NB_PACK_URL', h.pack_url); monkeypatch.delitem(F.PACK_SUMS, 'buffalo_l'); yield h
+        h.packs['buffalo_l.zip'] = archive()
+        monkeypatch.setenv('FACEID_NB_PACK_URL', h.pack_url)
+        monkeypatch.delitem(F.PACK_SUMS, 'buffalo_l')
+        yield h
 
 
 def names(root): return sorted(str(p.relative_to(root)) for p in root.rglob('*') if p.is_file())
@@ -172,24 +186,33 @@ def test_a_pack_downloads_once_and_says_the_licence_once(mirror, tmp_path, capsy
 
 @pytest.mark.parametrize('ranges', [True, False])
 def test_an_interrupted_pack_goes_on(mirror, tmp_path, monkeypatch, ranges):
-    cut = [1]; whole = mirror.packs['buffalo_l.zip']; monkeypatch.setitem(F.PACK_SUMS, 'buffalo_l', hashlib.sha256(whole).hexdigest())     # zipfile would overlook rubbish before an archive
+    # zipfile would overlook rubbish before an archive
+    cut = [1]
+    whole = mirror.packs['buffalo_l.zip']
+    monkeypatch.setitem(F.PACK_SUMS, 'buffalo_l', hashlib.sha256(whole).hexdigest())
     mirror.faults.append(lambda path, method: ('cut', 3_500_000) if cut and cut.pop() else None if ranges else ('whole',))
-    refused(tmp_path, 'broke off after 3.', 'what has arrived is kept'); assert names(tmp_path) == PART
-    have = (tmp_path/PART[0]).stat().st_size; assert 3_000_000 < have <= 3_500_000 and (tmp_path/PART[0]).read_bytes() == whole[:have]
+    refused(tmp_path, 'broke off after 3.', 'what has arrived is kept')
+    assert names(tmp_path) == PART
+    have = (tmp_path/PART[0]).stat().st_size
+    assert 3_000_000 < have <= 3_500_000 and (tmp_path/PART[0]).read_bytes() == whole[:have]
     F.download_pack('buffalo_l', tmp_path)
     assert names(tmp_path) == WHOLE and mirror.asked[-1][2] == f'bytes={have}-' and (tmp_path/WHOLE[0]).read_bytes() == NETWORKS['det.onnx']
 
 
 def test_the_rest_of_another_archive_is_not_glued_on(mirror, tmp_path):
-    (tmp_path/'models').mkdir(); (tmp_path/PART[0]).write_bytes(bytes(1_000_000))
-    refused(tmp_path, 'is not the pack'); assert names(tmp_path) == []
+    (tmp_path/'models').mkdir()
+    (tmp_path/PART[0]).write_bytes(bytes(1_000_000))
+    refused(tmp_path, 'is not the pack')
+    assert names(tmp_path) == []
     (tmp_path/PART[0]).write_bytes(bytes(20_000_000))      # longer than the archive: the server has nothing there
-    F.download_pack('buffalo_l', tmp_path); assert names(tmp_path) == WHOLE
+    F.download_pack('buffalo_l', tmp_path)
+    assert names(tmp_path) == WHOLE
 
 
 def test_a_pack_with_another_checksum_is_refused(mirror, tmp_path, monkeypatch):
     monkeypatch.setitem(F.PACK_SUMS, 'buffalo_l', '80ffe37d8a59' + '0'*52)
-    refused(tmp_path, 'SHA-256', '80ffe37d8a59', 'was removed'); assert names(tmp_path) == []
+    refused(tmp_path, 'SHA-256', '80ffe37d8a59', 'was removed')
+    assert names(tmp_path) == []
 
 
 BROKEN = {'a web page': (b'<!doctype html><title>Sign in</title>', "begins with b'<!doctype"), 'zeros': (bytes(100_000), 'is not the pack'), 'the first half': (archive()[:5_000_000], 'is not the pack'),
@@ -199,48 +222,60 @@ BROKEN = {'a web page': (b'<!doctype html><title>Sign in</title>', "begins with 
 @pytest.mark.parametrize('what', BROKEN)
 def test_broken_packs(mirror, tmp_path, what):
     good, (mirror.packs['buffalo_l.zip'], says) = mirror.packs['buffalo_l.zip'], BROKEN[what]
-    refused(tmp_path, says); assert names(tmp_path) == []
-    mirror.packs['buffalo_l.zip'] = good; F.download_pack('buffalo_l', tmp_path); assert names(tmp_path) == WHOLE
+    refused(tmp_path, says)
+    assert names(tmp_path) == []
+    mirror.packs['buffalo_l.zip'] = good
+    F.download_pack('buffalo_l', tmp_path)
+    assert names(tmp_path) == WHOLE
 
 
 def test_names_in_a_pack_do_not_lead_out_of_it(mirror, tmp_path):
     mirror.packs['buffalo_l.zip'] = archive({'../../det.onnx': NETWORKS['det.onnx'], '/tmp/buffalo_l/rec.onnx': NETWORKS['rec.onnx'], '../evil.sh': b'rm'})
-    F.download_pack('buffalo_l', tmp_path/'in'); assert names(tmp_path) == ['in/' + n for n in WHOLE]
+    F.download_pack('buffalo_l', tmp_path/'in')
+    assert names(tmp_path) == ['in/' + n for n in WHOLE]
 
 
 @pytest.mark.parametrize('status', [404, 403, 503])
 def test_a_mirror_that_says_no(mirror, tmp_path, status):
     mirror.faults.append(lambda path, method: status)
-    refused(tmp_path, f'answers {status}', 'det_10g.onnx'); assert names(tmp_path) == []
+    refused(tmp_path, f'answers {status}', 'det_10g.onnx')
+    assert names(tmp_path) == []
 
 
 def test_a_pack_on_a_full_disk(mirror, tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE); resource.setrlimit(resource.RLIMIT_FSIZE, (2_500_000, before[1]))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_500_000, before[1]))
     try: refused(tmp_path, 'the disk does not take it', 'root=')
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert names(tmp_path) == []                            # what had arrived is not left to fill the disk
-    F.download_pack('buffalo_l', tmp_path); assert names(tmp_path) == WHOLE
+    F.download_pack('buffalo_l', tmp_path)
+    assert names(tmp_path) == WHOLE
 
 
 def test_a_disk_that_fills_up_while_unpacking(mirror, tmp_path, monkeypatch):
     def full(*a): raise OSError(errno.ENOSPC, 'No space left on device')
     with monkeypatch.context() as m:
-        m.setattr(F.shutil, 'copyfileobj', full); refused(tmp_path, 'the disk does not take it')
+        m.setattr(F.shutil, 'copyfileobj', full)
+        refused(tmp_path, 'the disk does not take it')
     assert names(tmp_path) == [] and not list((tmp_path/'models').iterdir())
 
 
 def test_no_network_for_a_pack(tmp_path, monkeypatch):
-    monkeypatch.setenv('FACEID_NB_PACK_URL', 'http://127.0.0.1:9'); refused(tmp_path, 'cannot be reached', 'buffalo_l', "FaceReader('tiny')"); assert names(tmp_path) == []
+    monkeypatch.setenv('FACEID_NB_PACK_URL', 'http://127.0.0.1:9')
+    refused(tmp_path, 'cannot be reached', 'buffalo_l', "FaceReader('tiny')")
+    assert names(tmp_path) == []
 
 
 def test_half_a_pack_of_somebody_else_is_left_alone(mirror, tmp_path):
-    (tmp_path/'models'/'buffalo_l').mkdir(parents=True); (tmp_path/'models'/'buffalo_l'/'notes.txt').write_text('mine')
+    (tmp_path/'models'/'buffalo_l').mkdir(parents=True)
+    (tmp_path/'models'/'buffalo_l'/'notes.txt').write_text('mine')
     with pytest.raises(PackMissingError, match='not whole'): F.download_pack('buffalo_l', tmp_path)
     assert not mirror.asked and names(tmp_path) == ['models/buffalo_l/notes.txt']
 
 
 def test_load_fetches_the_pack_only_where_it_may(mirror, tmp_path, monkeypatch):
-    monkeypatch.setenv('HOME', str(tmp_path)); ask = lambda **kw: load('sd15-faceid', device='cpu', **kw)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    ask = lambda **kw: load('sd15-faceid', device='cpu', **kw)
     with pytest.raises(PackMissingError, match='download_pack'): ask()                      # HF_HUB_OFFLINE, as in all tests
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
     with pytest.raises(PackMissingError, match='download_pack'): ask(download=False)

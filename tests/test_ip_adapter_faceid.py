@@ -19,28 +19,35 @@ def files(tmp_path_factory):
 @pytest.fixture(scope='module')
 def encoder(tmp_path_factory):
     "The golden image encoder as a folder, as the original takes it."
-    folder = tmp_path_factory.mktemp('encoder'); gold.image_encoder().save_pretrained(folder)
+    folder = tmp_path_factory.mktemp('encoder')
+    gold.image_encoder().save_pretrained(folder)
     return folder
 
 
 def made_for(name, files, encoder):
     "The class of a golden case, made as the original was, and the arguments that come first in its `generate`."
-    case = gold.case(name); module, cls = case['reference'].split('.'); cls = getattr({'ip_adapter_faceid': together, 'ip_adapter_faceid_separate': separate}[module], cls)
-    embeds, face_image = gold.inputs(name); pipe, path = gold.pipeline(case['pipeline']), files(case['checkpoint'])
+    case = gold.case(name)
+    module, cls = case['reference'].split('.')
+    cls = getattr({'ip_adapter_faceid': together, 'ip_adapter_faceid_separate': separate}[module], cls)
+    embeds, face_image = gold.inputs(name)
+    pipe, path = gold.pipeline(case['pipeline']), files(case['checkpoint'])
     if face_image is None: return cls(pipe, path, 'cpu', **case['init']), (embeds,)
     return cls(pipe, str(encoder), path, 'cpu', **case['init']), (face_image, embeds)
 
 
 @pytest.mark.parametrize('name', ALL)
 def test_golden(files, encoder, name):
-    want = gold.expected()[name]; model, first = made_for(name, files, encoder)
+    want = gold.expected()[name]
+    model, first = made_for(name, files, encoder)
     got = torch.as_tensor(model.generate(*first, **gold.case(name)['call']))
     assert got.shape == want.shape and (got - want).abs().max() < gold.TOLERANCE < want.abs().mean() / 1000
 
 
 @pytest.mark.parametrize('name', [n for n in gold.CASES if 'plus' in n])
 def test_plus_goes_by_the_file_name_and_by_the_callers_word(files, encoder, name):
-    want = gold.expected()[name]; model, first = made_for(name, files, encoder); call = {k: v for k, v in gold.case(name)['call'].items() if k != 'shortcut'}
+    want = gold.expected()[name]
+    model, first = made_for(name, files, encoder)
+    call = {k: v for k, v in gold.case(name)['call'].items() if k != 'shortcut'}
     assert (torch.as_tensor(model.generate(*first, **call)) - want).abs().max() < gold.TOLERANCE                           # the file's name says which
     other = torch.as_tensor(model.generate(*first, **call, shortcut='v2' not in name))
     assert (other - want).abs().max() > 1e-2
@@ -57,7 +64,9 @@ def test_a_name_that_does_not_say_gives_the_originals_default(tmp_path, encoder,
 
 def test_plus_rows_stand_for_themselves(files, encoder):
     from PIL import Image, ImageOps
-    model, (face, embeds) = made_for('plusv2_s1.0', files, encoder); two = torch.cat([embeds, embeds.roll(7, 1)]); faces = [face, ImageOps.mirror(face)]
+    model, (face, embeds) = made_for('plusv2_s1.0', files, encoder)
+    two = torch.cat([embeds, embeds.roll(7, 1)])
+    faces = [face, ImageOps.mirror(face)]
     call = dict(num_inference_steps=2, width=16, height=16, output_type='latent')
     both = torch.as_tensor(model.generate(faces, two, prompt=['a man', 'a woman'], num_samples=1, seed=[3, 4], s_scale=[.5, 1.5], **call))
     for i in (0, 1):
@@ -68,7 +77,9 @@ def test_plus_rows_stand_for_themselves(files, encoder):
 
 
 def test_separate_plus_ignores_the_lora_inside(files, encoder):
-    name = 'ip-adapter-faceid-plusv2_sd15.bin'; pipe = gold.pipeline('sd'); before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    name = 'ip-adapter-faceid-plusv2_sd15.bin'
+    pipe = gold.pipeline('sd')
+    before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
     model = separate.IPAdapterFaceIDPlus(pipe, str(encoder), files(name), 'cpu')
     assert all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items()) and model.shortcut
     face, embeds = gold.inputs('plusv2_s1.0')[::-1]
@@ -79,7 +90,8 @@ def test_separate_plus_ignores_the_lora_inside(files, encoder):
 def test_an_encoder_of_another_width_is_refused(files, width):
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
     small = CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=28))
-    pipe = gold.pipeline('sd'); processors = dict(pipe.unet.attn_processors)
+    pipe = gold.pipeline('sd')
+    processors = dict(pipe.unet.attn_processors)
     with pytest.raises(BaseModelError, match=f'{width} wide.*96 wide'): together.IPAdapterFaceIDPlus(pipe, StructureEncoder(small), files('ip-adapter-faceid-plus_sd15.bin'), 'cpu')
     assert pipe.unet.attn_processors == processors
 
@@ -93,8 +105,11 @@ def test_plus_wants_both_the_face_and_its_picture(files, encoder):
 
 def test_golden_separate_lora(files):
     pytest.importorskip('peft')
-    case = gold.case('faceid_separate_lora'); want = gold.expected()[case['name']]
-    pipe = gold.pipeline('sd'); pipe.load_lora_weights(files(case['lora'])); pipe.fuse_lora()
+    case = gold.case('faceid_separate_lora')
+    want = gold.expected()[case['name']]
+    pipe = gold.pipeline('sd')
+    pipe.load_lora_weights(files(case['lora']))
+    pipe.fuse_lora()
     got = separate.IPAdapterFaceID(pipe, files(case['checkpoint']), 'cpu').generate(gold.inputs(case['name'])[0], **case['call'])
     assert (torch.as_tensor(got) - want).abs().max() < gold.TOLERANCE
 
@@ -128,7 +143,9 @@ def test_numbers_from_the_file(model): assert (model.lora_rank, model.num_tokens
 
 @pytest.mark.parametrize('given', [dict(lora_rank=128), dict(num_tokens=16), dict(lora_rank=0)])
 def test_contradictions(files, given):
-    pipe = gold.pipeline('sd'); before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}; processors = dict(pipe.unet.attn_processors)
+    pipe = gold.pipeline('sd')
+    before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    processors = dict(pipe.unet.attn_processors)
     with pytest.raises(ArgumentError, match='contradicts'): together.IPAdapterFaceID(pipe, files('ip-adapter-faceid_sd15.bin'), 'cpu', **given)
     assert pipe.unet.attn_processors == processors and all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
 
@@ -136,7 +153,9 @@ def test_contradictions(files, given):
 @pytest.mark.parametrize('kind, name, error, says', [('sd', 'ip-adapter-faceid-plus_sd15.bin', VariantError, 'plus'), ('sd', 'ip-adapter-faceid_sdxl.bin', BaseModelError, 'wide'),
                                                     ('sd', 'ip-adapter-faceid_sd15_lora.safetensors', CheckpointError, 'is a LoRA')])
 def test_wrong_file_leaves_the_pipeline(files, kind, name, error, says):
-    pipe = gold.pipeline(kind); processors = dict(pipe.unet.attn_processors); before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    pipe = gold.pipeline(kind)
+    processors = dict(pipe.unet.attn_processors)
+    before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
     with pytest.raises(error, match=says): together.IPAdapterFaceID(pipe, files(name), 'cpu')
     assert pipe.unet.attn_processors == processors and all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
 
@@ -152,7 +171,9 @@ def test_order_and_seed_lists(model):
 
 def test_defaults_are_the_cards(model, monkeypatch):
     seen = {}
-    def spy(**kw): seen.update(kw); return type('R', (), {'images': []})
+    def spy(**kw):
+        seen.update(kw)
+        return type('R', (), {'images': []})
     monkeypatch.setattr(model, 'pipe', spy)
     model.generate(torch.eye(512)[:2])
     assert seen['prompt'] == ['best quality, high quality'] * 2 and seen['num_images_per_prompt'] == 4 and seen['generator'] is None
@@ -177,7 +198,8 @@ def test_separate_makes_as_many_as_asked(files):
 
 
 def test_separate_leaves_weights_alone(files):
-    pipe = gold.pipeline('sd'); before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    pipe = gold.pipeline('sd')
+    before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
     separate.IPAdapterFaceID(pipe, files('ip-adapter-faceid_sd15.bin'), 'cpu')
     assert all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
 
@@ -194,9 +216,11 @@ def test_image_embeds(model):
 
 
 def test_plus_reads_its_file_once_and_the_cheap_checks_come_first(files, encoder, monkeypatch):
-    reads = []; read = together.read_checkpoint
+    reads = []
+    read = together.read_checkpoint
     monkeypatch.setattr(together, 'read_checkpoint', lambda *a: reads.append(a) or read(*a))
-    together.IPAdapterFaceIDPlus(gold.pipeline('sd'), str(encoder), files('ip-adapter-faceid-plusv2_sd15.bin'), 'cpu'); assert len(reads) == 1
+    together.IPAdapterFaceIDPlus(gold.pipeline('sd'), str(encoder), files('ip-adapter-faceid-plusv2_sd15.bin'), 'cpu')
+    assert len(reads) == 1
     monkeypatch.setattr(StructureEncoder, 'from_pretrained', lambda *a, **k: pytest.fail('the encoder was loaded'))
     with pytest.raises(ArgumentError, match='contradicts'): together.IPAdapterFaceIDPlus(gold.pipeline('sd'), str(encoder), files('ip-adapter-faceid-plusv2_sd15.bin'), 'cpu', lora_rank=128)
     with pytest.raises(VariantError): together.IPAdapterFaceIDPlus(gold.pipeline('sd'), str(encoder), files('ip-adapter-faceid_sd15.bin'), 'cpu')

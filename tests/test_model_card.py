@@ -24,7 +24,8 @@ SCHEDULER = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, b
 @pytest.fixture(scope='module')
 def photographs(tmp_path_factory):
     "Five photographs of one person as files."
-    folder = tmp_path_factory.mktemp('photographs'); files = [folder/f'{k}.jpg' for k in range(5)]
+    folder = tmp_path_factory.mktemp('photographs')
+    files = [folder/f'{k}.jpg' for k in range(5)]
     for k, f in enumerate(files): render(sample_people(1, seed=17), seed=60 + k, size=256, glasses=0, hat=None)[0].image.save(f, quality=95)
     return [str(f) for f in files]
 
@@ -39,7 +40,8 @@ def app():
 @pytest.fixture(scope='module')
 def extracted(photographs, app):
     "The card's first block, and the one for Plus: embedding and aligned crop, which OpenCV has in BGR."
-    image = cv2.imread(photographs[0]); faces = app.get(image)
+    image = cv2.imread(photographs[0])
+    faces = app.get(image)
     return torch.from_numpy(faces[0].normed_embedding).unsqueeze(0), face_align.norm_crop(image, landmark=faces[0].kps, image_size=224)
 
 
@@ -55,7 +57,8 @@ def pipe_xl():
 
 def needs(*parts):
     "Skips where the pack does not hold these yet."
-    gone = [p for p in parts if not (TINY/p).exists()]; return pytest.mark.skipif(bool(gone), reason=f'the tiny pack has no {", ".join(gone)} yet')
+    gone = [p for p in parts if not (TINY/p).exists()]
+    return pytest.mark.skipif(bool(gone), reason=f'the tiny pack has no {", ".join(gone)} yet')
 
 
 def looks_right(images, photograph, n=4, above=.3):
@@ -79,7 +82,9 @@ def test_faceid(photographs, extracted, pipe):
 
 
 def test_faceid_with_the_separate_lora(photographs, extracted, pipe):
-    pipe = pipe(); pipe.load_lora_weights(str(TINY/'ip-adapter-faceid_sd15_lora.safetensors')); pipe.fuse_lora()
+    pipe = pipe()
+    pipe.load_lora_weights(str(TINY/'ip-adapter-faceid_sd15_lora.safetensors'))
+    pipe.fuse_lora()
     ip_model = SeparateFaceID(pipe, str(TINY/'ip-adapter-faceid_sd15.safetensors'), DEVICE)
     images = ip_model.generate(prompt='photo of a woman in a red shirt, beach background', negative_prompt=NEGATIVE, faceid_embeds=extracted[0], num_samples=4, width=SIZE, height=SIZE, num_inference_steps=30, seed=2023)
     looks_right(images, photographs[0])
@@ -94,7 +99,8 @@ def test_faceid_sdxl(photographs, extracted, pipe_xl):
 
 @pytest.mark.parametrize('v2', [pytest.param(False, marks=needs('ip-adapter-faceid-plus_sd15.safetensors')), pytest.param(True, marks=needs('ip-adapter-faceid-plusv2_sd15.safetensors'))])
 def test_plus(photographs, extracted, pipe, v2):
-    faceid_embeds, face_image = extracted; ip_ckpt = str(TINY/('ip-adapter-faceid-plusv2_sd15.safetensors' if v2 else 'ip-adapter-faceid-plus_sd15.safetensors'))
+    faceid_embeds, face_image = extracted
+    ip_ckpt = str(TINY/('ip-adapter-faceid-plusv2_sd15.safetensors' if v2 else 'ip-adapter-faceid-plus_sd15.safetensors'))
     ip_model = IPAdapterFaceIDPlus(pipe(), str(TINY/'image_encoder'), ip_ckpt, DEVICE)
     images = ip_model.generate(prompt='photo of a woman in a red shirt, beach background', negative_prompt=NEGATIVE, face_image=face_image, faceid_embeds=faceid_embeds, shortcut=v2, s_scale=1.0,
                                num_samples=4, width=SIZE, height=SIZE, num_inference_steps=30, seed=2023)
@@ -113,7 +119,8 @@ def test_plusv2_sdxl(photographs, extracted, pipe_xl):
 def test_portrait(photographs, app, pipe):
     faceid_embeds = []
     for file in photographs: faceid_embeds.append(torch.from_numpy(app.get(cv2.imread(file))[0].normed_embedding).unsqueeze(0).unsqueeze(0))
-    faceid_embeds = torch.cat(faceid_embeds, dim=1); n_cond = faceid_embeds.shape[1]
+    faceid_embeds = torch.cat(faceid_embeds, dim=1)
+    n_cond = faceid_embeds.shape[1]
     assert faceid_embeds.shape == (1, 5, 512)
     ip_model = SeparateFaceID(pipe(), str(TINY/'ip-adapter-faceid-portrait_sd15.safetensors'), DEVICE, num_tokens=16, n_cond=n_cond)
     images = ip_model.generate(prompt='photo of a woman in a red shirt, beach background', negative_prompt=NEGATIVE, faceid_embeds=faceid_embeds, num_samples=4, width=SIZE, height=SIZE, num_inference_steps=30, seed=2023)
@@ -124,6 +131,8 @@ def test_portrait(photographs, app, pipe):
 def test_portrait_of_one_photograph_by_name(photographs):
     "A single face, with several pictures of it, is one person in one photograph, not several photographs of one."
     from faceid_nb.models import load
-    model = load('tiny-portrait', device='cpu'); model.pipe.set_progress_bar_config(disable=True); face = model.reader.best(photographs[0])
+    model = load('tiny-portrait', device='cpu')
+    model.pipe.set_progress_bar_config(disable=True)
+    face = model.reader.best(photographs[0])
     a, b = (model.generate(f, 'photo of a person in a red shirt', num_samples=2, seed=3, num_inference_steps=4) for f in (face, [[face]]))
     assert len(a) == 2 and [i.tobytes() for i in a] == [i.tobytes() for i in b]

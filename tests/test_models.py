@@ -17,7 +17,9 @@ def copy(pack, tmp_path):  # links, so that a test may break one file
     return tmp_path / 'copy'
 
 
-def quiet(me): me.pipe.set_progress_bar_config(disable=True); return me
+def quiet(me):
+    me.pipe.set_progress_bar_config(disable=True)
+    return me
 def load(name, folder, **kw): return quiet(M.load(name, folder=folder, device='cpu', **kw))
 
 
@@ -60,7 +62,8 @@ def test_devices(device, says):
 def test_dtypes(monkeypatch):
     assert M.choose_device('cpu') == (torch.device('cpu'), torch.float32) and M.choose_device('cpu', 'bfloat16')[1] == torch.bfloat16
     with pytest.raises(ArgumentError, match='float32, float16'): M.choose_device('cpu', 'int8')
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True); monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     assert M.choose_device() == (torch.device('cuda'), torch.float16) and M.choose_device('cuda:1')[0].index == 1
     with pytest.raises(ArgumentError): M.choose_device('cuda:2')
 
@@ -81,9 +84,14 @@ BAD = {'page': (lambda p: p.write_bytes(b'<!doctype html>'), CheckpointError, 'w
 @pytest.mark.parametrize('what', BAD)
 def test_broken_files(copy, file, what):
     damage, error, says = BAD[what]
-    data = (copy / file).read_bytes(); (copy / file).unlink(); (copy / file).write_bytes(data)  # a copy of its own
+    # a copy of its own
+    data = (copy / file).read_bytes()
+    (copy / file).unlink()
+    (copy / file).write_bytes(data)
     damage(copy / file)
-    pipe = H.pipeline(); processors = dict(pipe.unet.attn_processors); before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    pipe = H.pipeline()
+    processors = dict(pipe.unet.attn_processors)
+    before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
     with pytest.raises(error, match=says): M.load('tiny-faceid-lora', folder=copy, device='cpu', base=pipe)
     assert pipe.unet.attn_processors == processors and all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
 
@@ -91,20 +99,23 @@ def test_broken_files(copy, file, what):
 def other_lora(folder, make):
     from faceid_nb.checkpoint import lora_from_checkpoint, save_lora
     unet = H.pipeline().unet
-    path = folder / 'ip-adapter-faceid_sd15_lora.safetensors'; path.unlink()
+    path = folder / 'ip-adapter-faceid_sd15_lora.safetensors'
+    path.unlink()
     save_lora(make(lora_from_checkpoint(H.adapter_state(unet)['ip_adapter'], list(unet.attn_processors))), path)
 
 
 @pytest.mark.parametrize('make', [lambda l: {k.replace('down_blocks.0', 'down_blocks.3'): t for k, t in l.items()}, lambda l: {k: torch.cat([t, t], int(k.endswith('down'))) for k, t in l.items()}])
 def test_lora_of_another_model(copy, make):
     other_lora(copy, make)
-    pipe = H.pipeline(); before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    pipe = H.pipeline()
+    before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
     with pytest.raises(LoRAError, match='another base model'): M.load('tiny-faceid-lora', folder=copy, device='cpu', base=pipe)
     assert pipe.unet.state_dict().keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
 
 
 def test_checkpoint_of_another_variant(copy):
-    path = copy / 'ip-adapter-faceid_sd15.safetensors'; path.unlink()
+    path = copy / 'ip-adapter-faceid_sd15.safetensors'
+    path.unlink()
     from faceid_nb.checkpoint import save_checkpoint
     save_checkpoint(H.adapter_state(H.pipeline().unet, tokens=16, rank=0), path)
     with pytest.raises(VariantError, match='portrait'): M.load('tiny-faceid', folder=copy, device='cpu')
@@ -113,7 +124,8 @@ def test_checkpoint_of_another_variant(copy):
 def test_base_models(pack, tmp_path):
     with pytest.raises(BaseModelError, match='128'): M.load('tiny-faceid', folder=pack, device='cpu', base=H.pipeline(words=64))
     with pytest.raises(WeightsMissingError, match='is not there'): M.load('tiny-faceid', folder=pack, device='cpu', base=tmp_path / 'nothing')
-    (tmp_path / 'x').mkdir(); (tmp_path / 'x' / 'model_index.json').write_text('{}')
+    (tmp_path / 'x').mkdir()
+    (tmp_path / 'x' / 'model_index.json').write_text('{}')
     with pytest.raises(BaseModelError, match='cannot be loaded'): M.load('tiny-faceid', folder=pack, device='cpu', base=tmp_path / 'x')
     (tmp_path / 'y.safetensors').write_bytes(b'junk')
     with pytest.raises(BaseModelError, match='cannot be loaded'): M.load('tiny-faceid', folder=pack, device='cpu', base=tmp_path / 'y.safetensors')
@@ -124,7 +136,8 @@ def test_base_models(pack, tmp_path):
 
 def test_a_pipeline_keeps_its_scheduler(pack):
     from diffusers import EulerDiscreteScheduler
-    pipe = H.pipeline(); pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe = H.pipeline()
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     me = load('tiny-faceid', pack, base=pipe)
     assert me.pipe is pipe and type(me.pipe.scheduler) is EulerDiscreteScheduler
 
@@ -147,7 +160,8 @@ def test_official_weights_offline(reader, tmp_path, download):
 def test_official_names_from_a_folder(reader, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(M, '_told', set())
     from faceid_nb.checkpoint import save_checkpoint
-    pipe = H.pipeline(); save_checkpoint(H.adapter_state(pipe.unet), tmp_path / 'ip-adapter-faceid_sd15.bin')
+    pipe = H.pipeline()
+    save_checkpoint(H.adapter_state(pipe.unet), tmp_path / 'ip-adapter-faceid_sd15.bin')
     processors = dict(pipe.unet.attn_processors)
     with pytest.raises(WeightsMissingError, match='_lora.safetensors is not on') as e: M.load('sd15-faceid-lora', folder=tmp_path, device='cpu', base=pipe, download=False)
     assert f'{tmp_path} does not hold it' in e.value.found and 'h94/IP-Adapter-FaceID' in e.value.do and pipe.unet.attn_processors == processors
@@ -166,7 +180,9 @@ def test_missing_face_pack_is_said_first(monkeypatch, tmp_path):
 
 def test_hub_files_are_the_cards(monkeypatch, tmp_path):
     asked = []
-    def download(repo, file, cache_dir=None, local_files_only=None): asked.append((repo, file, local_files_only)); return str(tmp_path / file)
+    def download(repo, file, cache_dir=None, local_files_only=None):
+        asked.append((repo, file, local_files_only))
+        return str(tmp_path / file)
     monkeypatch.setattr('huggingface_hub.hf_hub_download', download)
     assert M.find_file('ip-adapter-faceid_sd15.bin', M.HUB) == tmp_path / 'ip-adapter-faceid_sd15.bin'
     assert asked == [('h94/IP-Adapter-FaceID', 'ip-adapter-faceid_sd15.bin', False)]
@@ -178,13 +194,16 @@ def renamed(state, rules, prefix):
     out = {}
     for k, t in state.items():
         for pattern, new in rules:
-            if m := re.match(pattern, k): k = (new(*map(int, m.groups())) if callable(new) else new) + k[m.end():]; break
+            if m := re.match(pattern, k):
+                k = (new(*map(int, m.groups())) if callable(new) else new) + k[m.end():]
+                break
         out[prefix + k] = t
     return out
 
 
 def ldm_unet(unet):
-    n = unet.config.layers_per_block + 1; crosses = [hasattr(b, 'attentions') for b in unet.up_blocks]
+    n = unet.config.layers_per_block + 1
+    crosses = [hasattr(b, 'attentions') for b in unet.up_blocks]
     s = renamed(unet.state_dict(), [(r'down_blocks\.(\d)\.resnets\.(\d)', lambda b, j: f'input_blocks.{1 + b*n + j}.0'), (r'down_blocks\.(\d)\.attentions\.(\d)', lambda b, j: f'input_blocks.{1 + b*n + j}.1'),
         (r'down_blocks\.(\d)\.downsamplers\.0\.conv', lambda b: f'input_blocks.{b*n + n}.0.op'), (r'mid_block\.resnets\.(\d)', lambda j: f'middle_block.{2*j}'), (r'mid_block\.attentions\.0', 'middle_block.1'),
         (r'up_blocks\.(\d)\.resnets\.(\d)', lambda b, j: f'output_blocks.{b*n + j}.0'), (r'up_blocks\.(\d)\.attentions\.(\d)', lambda b, j: f'output_blocks.{b*n + j}.1'),
@@ -195,7 +214,8 @@ def ldm_unet(unet):
 
 
 def ldm_vae(vae):
-    n = len(vae.config.block_out_channels) - 1; out = {}
+    n = len(vae.config.block_out_channels) - 1
+    out = {}
     for k, t in vae.state_dict().items():
         for a, b in ((r'down_blocks\.(\d)\.resnets', r'down.\1.block'), (r'down_blocks\.(\d)\.downsamplers\.0', r'down.\1.downsample'), (r'up_blocks\.(\d)\.resnets', lambda m: f'up.{n - int(m[1])}.block'),
                      (r'up_blocks\.(\d)\.upsamplers\.0', lambda m: f'up.{n - int(m[1])}.upsample'), (r'mid_block\.resnets\.(\d)', lambda m: f'mid.block_{int(m[1]) + 1}'), (r'mid_block\.attentions\.0', 'mid.attn_1'),
@@ -206,7 +226,8 @@ def ldm_vae(vae):
 
 def open_clip(encoder):
     "OpenCLIP keeps q, k and v in one matrix and the projection transposed."
-    s, out = encoder.state_dict(), {}; pre = 'text_model.' if any(k.startswith('text_model.') for k in s) else ''
+    s, out = encoder.state_dict(), {}
+    pre = 'text_model.' if any(k.startswith('text_model.') for k in s) else ''
     layer = lambda i: f'{pre}encoder.layers.{i}.'
     for i in range(encoder.config.num_hidden_layers):
         for kind in ('weight', 'bias'):
@@ -220,7 +241,9 @@ def open_clip(encoder):
 def single_file(pipe, path):
     "The weights of a pipeline in one file; the path."
     from safetensors.torch import save_file
-    xl = hasattr(pipe, 'text_encoder_2'); words = pipe.text_encoder.state_dict(); pre = '' if any(k.startswith('text_model.') for k in words) else 'text_model.'
+    xl = hasattr(pipe, 'text_encoder_2')
+    words = pipe.text_encoder.state_dict()
+    pre = '' if any(k.startswith('text_model.') for k in words) else 'text_model.'
     s = ldm_unet(pipe.unet) | ldm_vae(pipe.vae) | {f"{'conditioner.embedders.0' if xl else 'cond_stage_model'}.transformer.{pre}{k}": t for k, t in words.items()} | (open_clip(pipe.text_encoder_2) if xl else {})
     save_file({k: t.clone().contiguous() for k, t in s.items()}, path)
     return path
@@ -229,14 +252,16 @@ def single_file(pipe, path):
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
     "kind -> (single file, diffusers folder) of the golden pipelines"
-    f = tmp_path_factory.mktemp('single'); out = {}
+    f = tmp_path_factory.mktemp('single')
+    out = {}
     for kind in ('sd', 'sdxl'):
         pipe = gold.pipeline(kind)
         if kind == 'sdxl':      # diffusers tells its two encoders apart by their width: 32 + 96, as 768 + 1280 in the real one
             from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
             of = lambda width: CLIPTextConfig(**gold.SPEC['configs']['text_sdxl'] | dict(hidden_size=width))
             pipe.register_modules(text_encoder=CLIPTextModel(of(32)).eval(), text_encoder_2=CLIPTextModelWithProjection(of(96)).eval())
-        pipe.save_pretrained(f/kind); out[kind] = single_file(pipe, f/f'{kind}.safetensors'), f/kind
+        pipe.save_pretrained(f/kind)
+        out[kind] = single_file(pipe, f/f'{kind}.safetensors'), f/kind
     return out
 
 
@@ -244,7 +269,9 @@ def files(tmp_path_factory):
 def configs(files, monkeypatch):
     "In place of the hub, of which `from_single_file` needs the configuration: the golden ones, and a list of what was asked for."
     asked = []
-    def snapshot(repo, cache_dir=None, local_files_only=None, **k): asked.append((repo, cache_dir, local_files_only)); return str(files['sdxl' if 'xl' in repo else 'sd'][1])
+    def snapshot(repo, cache_dir=None, local_files_only=None, **k):
+        asked.append((repo, cache_dir, local_files_only))
+        return str(files['sdxl' if 'xl' in repo else 'sd'][1])
     monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot)
     return asked
 
@@ -256,9 +283,11 @@ def test_a_single_file_is_the_same_pipeline(files, configs, tmp_path, kind):
     one, two = (M.load_pipeline(p, cache_dir=tmp_path, download=False, sdxl=kind != 'sdxl') for p in (file, folder))       # what the file is it says itself
     assert type(one) is type(two) and configs == [(M.CONFIGS[kind == 'sdxl'], tmp_path, True)]
     for part in ('unet', 'vae', 'text_encoder') + (('text_encoder_2',) if kind == 'sdxl' else ()):
-        a, b = (getattr(p, part).state_dict() for p in (one, two)); assert a.keys() == b.keys() and all(torch.equal(t, b[k]) for k, t in a.items()), part
+        a, b = (getattr(p, part).state_dict() for p in (one, two))
+        assert a.keys() == b.keys() and all(torch.equal(t, b[k]) for k, t in a.items()), part
     assert dict(one.scheduler.config)['set_alpha_to_one'] is False and type(one.scheduler).__name__ == 'DDIMScheduler'
-    one.set_progress_bar_config(disable=True); two.set_progress_bar_config(disable=True)
+    one.set_progress_bar_config(disable=True)
+    two.set_progress_bar_config(disable=True)
     how = dict(num_inference_steps=1, width=16, height=16, output_type='latent')
     assert torch.equal(*(p('a man', generator=torch.Generator().manual_seed(0), **how).images for p in (one, two)))
 
@@ -288,8 +317,13 @@ def test_threads_load_one_after_the_other(monkeypatch):
     from faceid_nb import models
     inside, most, find = [0], [0], models.find_parts
     def counted(*a, **k):
-        inside[0] += 1; most[0] = max(most[0], inside[0]); time.sleep(.1); inside[0] -= 1; return find(*a, **k)
-    monkeypatch.setattr(models, 'find_parts', counted); made = []
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(.1)
+        inside[0] -= 1
+        return find(*a, **k)
+    monkeypatch.setattr(models, 'find_parts', counted)
+    made = []
     threads = [threading.Thread(target=lambda: made.append(models.load('tiny-faceid', device='cpu'))) for _ in range(3)]
     for t in threads: t.start()
     for t in threads: t.join(120)

@@ -14,7 +14,8 @@ def test_a_seed_draws_the_same_people_and_photographs():
 
 
 def test_a_photograph_does_not_depend_on_its_neighbours():
-    g = torch.Generator().manual_seed(0); p, s = P.sample_identities(6, g), P.sample_scenes(6, g)
+    g = torch.Generator().manual_seed(0)
+    p, s = P.sample_identities(6, g), P.sample_scenes(6, g)
     together = P.draw(p, s)
     for i in (0, 5):
         alone = P.draw(P.take(p, slice(i, i + 1)), P.take(s, slice(i, i + 1)))
@@ -22,8 +23,11 @@ def test_a_photograph_does_not_depend_on_its_neighbours():
 
 
 def test_large_photographs_are_drawn_a_few_at_a_time_in_their_order():
-    people = P.sample_people(6, 3); made = P.render(people, seed=5, size=256, yaw=[.1*k for k in range(6)])     # four, then two
-    s = P.sample_scenes(6, torch.Generator().manual_seed(5)); s['yaw'] = torch.tensor([.1*k for k in range(6)])
+    # four, then two
+    people = P.sample_people(6, 3)
+    made = P.render(people, seed=5, size=256, yaw=[.1*k for k in range(6)])
+    s = P.sample_scenes(6, torch.Generator().manual_seed(5))
+    s['yaw'] = torch.tensor([.1*k for k in range(6)])
     images, landmarks, boxes = P.draw({k: torch.cat([p.numbers[k] for p in people]) for k in people[0].numbers}, s, 256)
     for photo, image, l, b in zip(made, images, landmarks, boxes, strict=True):
         assert abs(np.asarray(photo.image, np.float32) - 255*image.permute(1, 2, 0).numpy()).max() < .6 and np.allclose(photo.landmarks, l, atol=1e-4) and np.allclose(photo.box, b, atol=1e-4)
@@ -31,7 +35,8 @@ def test_large_photographs_are_drawn_a_few_at_a_time_in_their_order():
 
 @pytest.mark.parametrize('size', [64, 200, 512])
 def test_landmarks_are_where_the_irises_are_drawn(size):
-    g = torch.Generator().manual_seed(size); p, s = P.sample_identities(12, g), P.sample_scenes(12, g)
+    g = torch.Generator().manual_seed(size)
+    p, s = P.sample_identities(12, g), P.sample_scenes(12, g)
     p |= dict(eyes=torch.tensor([[1., 0., 1.]]).expand(12, 3), eye_tilt=torch.zeros(12))
     s |= dict(glasses=torch.zeros(12), hat=torch.zeros(12), yaw=torch.zeros(12), pitch=torch.zeros(12), expression=torch.zeros(12, dtype=torch.long))
     images, landmarks, boxes = P.draw(p, s, size)
@@ -68,7 +73,9 @@ def test_captions_say_what_is_drawn():
     assert photo.caption == 'photo of a person in a red shirt, frowning, night background, wearing glasses, wearing a blue hat'
     pixels = np.asarray(photo.image)/255
     assert np.abs(pixels[-2, 28:36].mean(0) - P.COLOURS['red']).max() < .15
-    words = set(P.vocabulary()); g = torch.Generator().manual_seed(0); p, s = P.sample_identities(300, g), P.sample_scenes(300, g)
+    words = set(P.vocabulary())
+    g = torch.Generator().manual_seed(0)
+    p, s = P.sample_identities(300, g), P.sample_scenes(300, g)
     said = {w for c in P.captions(p, s, random.Random(0)) for w in c.replace(',', '').split()}
     assert said <= words and len(said) > .9*len(words)
 
@@ -82,7 +89,8 @@ def test_photographs_keep_rows_of_one_person_together():
 
 
 def test_people_can_be_painted_over_any_background():
-    g = torch.Generator().manual_seed(0); flat = torch.full((1, 3, 64, 64), .3)
+    g = torch.Generator().manual_seed(0)
+    flat = torch.full((1, 3, 64, 64), .3)
     image = P.draw(P.sample_identities(1, g), P.sample_scenes(1, g), background=flat)[0]
     assert torch.equal(image[0, :, 0, 0], flat[0, :, 0, 0]) and not torch.allclose(image, flat)
 

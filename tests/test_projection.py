@@ -39,7 +39,8 @@ def test_s_scale_is_a_line_and_a_row_stands_for_itself(s, seed):
     torch.manual_seed(seed)
     p, n = PlusProjection(64, clip_embeddings_dim=24, depth=2), len(s)
     x, clip = torch.randn(n, 512), torch.randn(n, 5, 24)
-    out = p(x, clip, torch.tensor(s)); a, r = p.parts(x, clip)
+    out = p(x, clip, torch.tensor(s))
+    a, r = p.parts(x, clip)
     for i in range(n):
         close(out[i], a[i] + s[i] * r[i])
         close(out[i:i + 1], p(x[i:i + 1], clip[i:i + 1], s[i]))
@@ -47,7 +48,8 @@ def test_s_scale_is_a_line_and_a_row_stands_for_itself(s, seed):
     assert torch.equal(p(x, clip, 5.), p(x, clip, 0.))  # Plus has no such weight
 
 def test_photographs_of_one_person_are_laid_end_to_end():
-    p = MLPProjection(32, 512, 16); x = torch.randn(2, 5, 512)
+    p = MLPProjection(32, 512, 16)
+    x = torch.randn(2, 5, 512)
     close(p(x), torch.cat([p(x[:, i]) for i in range(5)], 1))
     assert p(x).shape == (2, 80, 32)
 
@@ -55,9 +57,11 @@ def test_perceiver_weights_sum_to_one_and_explain_the_output():
     attn = FacePerceiverResampler(64, 1, 64, None, 24).layers[0][0]
     x, latents = torch.randn(2, 7, 64), torch.randn(2, 4, 64)
     out, w = attn(x, latents, need_weights=True)
-    assert w.shape == (2, 1, 4, 11); close(w.sum(-1), torch.ones(2, 1, 4))
+    assert w.shape == (2, 1, 4, 11)
+    close(w.sum(-1), torch.ones(2, 1, 4))
     v = attn.to_kv(torch.cat([attn.norm1(x), attn.norm2(latents)], 1)).chunk(2, -1)[1]
-    close(out, attn.to_out(w[:, 0] @ v)); assert torch.equal(out, attn(x, latents))
+    close(out, attn.to_out(w[:, 0] @ v))
+    assert torch.equal(out, attn(x, latents))
 
 @pytest.mark.parametrize('name', [n for n in G.SPEC['checkpoints'] if 'lora' not in n])
 def test_from_state_reads_every_official_layout(name):

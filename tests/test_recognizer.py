@@ -14,14 +14,16 @@ TINY = Path(faceid_nb.__file__).parent/'weights'/'tiny'
 
 
 def session(path):
-    options = onnxruntime.SessionOptions(); options.intra_op_num_threads = 1
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
 
 
 @pytest.fixture(scope='module')
 def app():
     from insightface.app import FaceAnalysis
-    a = FaceAnalysis('tiny', root=str(TINY), providers=['CPUExecutionProvider']); a.prepare(-1)
+    a = FaceAnalysis('tiny', root=str(TINY), providers=['CPUExecutionProvider'])
+    a.prepare(-1)
     return a
 
 
@@ -32,7 +34,8 @@ def errors(app, photos):
     "Landmark error in eye distances of the best face of each picture; nan where none was found."
     out = []
     for p in photos:
-        faces = app.get(bgr(p)); d = np.linalg.norm(p.landmarks[0] - p.landmarks[1])
+        faces = app.get(bgr(p))
+        d = np.linalg.norm(p.landmarks[0] - p.landmarks[1])
         out.append(min((np.linalg.norm(f.kps - p.landmarks, axis=1).mean()/d for f in faces), default=np.nan))
     return np.array(out)
 
@@ -42,7 +45,8 @@ def errors(app, photos):
 def test_insightface_routes_the_files(app):
     assert set(app.models) == {'detection', 'recognition'}
     assert app.models['detection'].use_kps and len(app.models['detection'].output_names) == 9
-    r = app.models['recognition']; assert r.input_size == (112, 112) and (r.input_mean, r.input_std) == (127.5, 127.5)
+    r = app.models['recognition']
+    assert r.input_size == (112, 112) and (r.input_mean, r.input_std) == (127.5, 127.5)
     crops = [np.random.default_rng(i).integers(0, 255, (112, 112, 3), np.uint8) for i in range(3)]
     assert r.get_feat(crops).shape == (3, 512)
     np.testing.assert_allclose(r.get_feat(crops)[1], r.get_feat(crops[1])[0], atol=1e-3)  # rows of a batch do not mix
@@ -57,13 +61,16 @@ def test_finds_faces_and_landmarks(app, size, n, rate, error):
 
 def test_small_and_large_heads(app):
     for zoom in (.35, .6, 1.35):
-        e = errors(app, render(sample_people(8, 50), seed=51, size=128, zoom=zoom, x=0., y=0.)); assert (e < .3).sum() >= 7, zoom
+        e = errors(app, render(sample_people(8, 50), seed=51, size=128, zoom=zoom, x=0., y=0.))
+        assert (e < .3).sum() >= 7, zoom
 
 
 def test_counts_two_people(app):
-    g = torch.Generator().manual_seed(60); hits = 0
+    g = torch.Generator().manual_seed(60)
+    hits = 0
     for _ in range(8):
-        p, s = sample_identities(2, g), sample_scenes(2, g); s['zoom'][:], s['x'], s['y'] = .45, torch.tensor([-.5, .5]), torch.tensor([0., .1])
+        p, s = sample_identities(2, g), sample_scenes(2, g)
+        s['zoom'][:], s['x'], s['y'] = .45, torch.tensor([-.5, .5]), torch.tensor([0., .1])
         one = draw({k: v[:1] for k, v in p.items()}, {k: v[:1] for k, v in s.items()}, 128)[0]
         both = draw({k: v[1:] for k, v in p.items()}, {k: v[1:] for k, v in s.items()}, 128, background=one)[0]
         hits += len(app.get(np.ascontiguousarray((both[0].permute(1, 2, 0)*255).byte().numpy()[..., ::-1]))) == 2
@@ -78,9 +85,12 @@ def test_no_face_in_empty_scenes(app):
 
 @pytest.mark.parametrize('shape', [(64, 64), (200, 100), (100, 333)])
 def test_detector_reads_any_shape(app, shape):
-    p = render(sample_people(1, 81), seed=5, size=min(shape))[0]; canvas = np.full((*shape, 3), 128, np.uint8)
-    y, x = (shape[0] - min(shape))//2, (shape[1] - min(shape))//2; canvas[y:y + min(shape), x:x + min(shape)] = bgr(p)
-    faces = app.get(canvas); assert len(faces) == 1
+    p = render(sample_people(1, 81), seed=5, size=min(shape))[0]
+    canvas = np.full((*shape, 3), 128, np.uint8)
+    y, x = (shape[0] - min(shape))//2, (shape[1] - min(shape))//2
+    canvas[y:y + min(shape), x:x + min(shape)] = bgr(p)
+    faces = app.get(canvas)
+    assert len(faces) == 1
     assert np.linalg.norm(faces[0].kps - p.landmarks - [x, y], axis=1).mean() < .15*np.linalg.norm(p.landmarks[0] - p.landmarks[1])
 
 
@@ -97,11 +107,13 @@ def test_recognises_strangers(pictures, path, tar):
 def test_recogniser_after_the_detector(app):
     a, b = (render(sample_people(20, 95), seed=s) for s in (1, 2))
     e = [np.stack([app.get(bgr(p))[0].normed_embedding for p in photos]) for photos in (a, b)]
-    m = e[0] @ e[1].T; assert (m.argmax(1) == np.arange(20)).mean() >= .95 and np.diag(m).mean() > .6
+    m = e[0] @ e[1].T
+    assert (m.argmax(1) == np.arange(20)).mean() >= .95 and np.diag(m).mean() > .6
 
 
 def test_judge_is_another_network(pictures):
-    rec, judge = (session(TINY/'models'/p/'rec.onnx') for p in ('tiny', 'judge')); few = [v[:40] for v in pictures[:2]]
+    rec, judge = (session(TINY/'models'/p/'rec.onnx') for p in ('tiny', 'judge'))
+    few = [v[:40] for v in pictures[:2]]
     a, b = (F.normalize(rz.embed(*few, s), dim=1) for s in (rec, judge))
     assert F.cosine_similarity(a, b).abs().mean() < .2
 
@@ -109,7 +121,8 @@ def test_judge_is_another_network(pictures):
 # ---- the code
 
 def test_crops_equal_norm_crop():
-    images, marks, _ = rz.strangers(4, 1, seed=2, size=96); levels = (images*255).round().byte()
+    images, marks, _ = rz.strangers(4, 1, seed=2, size=96)
+    levels = (images*255).round().byte()
     ours = rz.align_crops(levels.float()/255, marks).permute(0, 2, 3, 1).numpy()*255
     cv = np.stack([norm_crop(a, m, 112) for a, m in zip(levels.permute(0, 2, 3, 1).numpy(), marks.numpy())])
     assert np.abs(ours - cv).max() < 8 and np.abs(ours - cv).mean() < .6
@@ -118,72 +131,106 @@ def test_crops_equal_norm_crop():
 
 @pytest.mark.parametrize('kind', ['cosine', 'angle'])
 def test_margin_makes_the_right_answer_dearer(kind):
-    g = torch.Generator().manual_seed(0); e, w, y = torch.randn(16, 512, generator=g), torch.randn(30, 512, generator=g), torch.arange(16)
-    losses = [rz.margin_loss(e, w, y, m, kind=kind)[0].item() for m in (0., .2, .4)]; assert losses[0] < losses[1] < losses[2]
-    plain = F.cross_entropy(24*F.normalize(e, dim=1) @ F.normalize(w, dim=1).T, y).item(); assert abs(losses[0] - plain) < 1e-3
+    g = torch.Generator().manual_seed(0)
+    e, w, y = torch.randn(16, 512, generator=g), torch.randn(30, 512, generator=g), torch.arange(16)
+    losses = [rz.margin_loss(e, w, y, m, kind=kind)[0].item() for m in (0., .2, .4)]
+    assert losses[0] < losses[1] < losses[2]
+    plain = F.cross_entropy(24*F.normalize(e, dim=1) @ F.normalize(w, dim=1).T, y).item()
+    assert abs(losses[0] - plain) < 1e-3
     assert rz.margin_loss(w[:16], w, y, .3, kind=kind)[1] == 1.
 
 
 def test_verification_of_perfect_and_of_random_embeddings():
-    e = torch.eye(50, 512)[:, None].expand(50, 3, 512); v = rz.verification(e); assert v['tar'] == 1. and v['genuine'].min() > .999 and v['impostor'].abs().max() < 1e-6
+    e = torch.eye(50, 512)[:, None].expand(50, 3, 512)
+    v = rz.verification(e)
+    assert v['tar'] == 1. and v['genuine'].min() > .999 and v['impostor'].abs().max() < 1e-6
     assert rz.verification(torch.randn(80, 3, 512, generator=torch.Generator().manual_seed(1)))['tar'] < .05
 
 
 @pytest.mark.parametrize('n,longest', [(64, 64), (640, 640), (100, 300), (128, 128)])
 def test_shrink_keeps_means_and_positions(n, longest):
-    m = rz._shrink(n, torch.tensor(float(longest))); inside = round(n*128/longest) - 2
+    m = rz._shrink(n, torch.tensor(float(longest)))
+    inside = round(n*128/longest) - 2
     assert (m[:inside].sum(1) - 1).abs().max() < 1e-5 and (m >= 0).all()
-    where = m[2:inside] @ torch.arange(n).float(); expected = (torch.arange(2, inside) + .5)*longest/128 - .5
+    where = m[2:inside] @ torch.arange(n).float()
+    expected = (torch.arange(2, inside) + .5)*longest/128 - .5
     assert (where - expected).abs().max() < .02*longest/128 + 1e-3
 
 
 def test_refine_follows_an_exact_field():
     goal = torch.tensor([[30., 40.], [70., 40.], [50., 55.], [35., 80.], [66., 78.]]).expand(2, 5, 2)
-    axis = (torch.arange(32) + .5)*4 - .5; grid = torch.stack(torch.meshgrid(axis, axis, indexing='xy'), 0)
-    field = ((goal[..., None, None] - grid)/8).reshape(2, 10, 32, 32); start = goal[:, None] + torch.randn(2, 7, 5, 2, generator=torch.Generator().manual_seed(1))*4
+    axis = (torch.arange(32) + .5)*4 - .5
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing='xy'), 0)
+    field = ((goal[..., None, None] - grid)/8).reshape(2, 10, 32, 32)
+    start = goal[:, None] + torch.randn(2, 7, 5, 2, generator=torch.Generator().manual_seed(1))*4
     assert (rz.refine(start, field) - goal[:, None]).abs().max() < 1e-3
 
 
 def test_each_face_has_an_anchor():
-    boxes = torch.tensor([[[10., 10., 24., 24.], [60., 50., 120., 110.], [0., 0., 0., 0.]]]); seen = torch.tensor([[True, True, False]]); answered = set()
+    boxes = torch.tensor([[[10., 10., 24., 24.], [60., 50., 120., 110.], [0., 0., 0., 0.]]])
+    seen = torch.tensor([[True, True, False]])
+    answered = set()
     for stride, sizes in zip(rz.STRIDES, rz.ANCHORS):
-        index, right, near = rz.assign(boxes, seen, stride, sizes); assert (near | ~right).all(); answered |= set(index[right].tolist())
+        index, right, near = rz.assign(boxes, seen, stride, sizes)
+        assert (near | ~right).all()
+        answered |= set(index[right].tolist())
     assert answered == {0, 1}
 
 
 def test_detector_onnx_equals_torch(tmp_path):
-    torch.manual_seed(0); net = rz.Detector().eval(); net.heads[0].bias.data[:2] = 0.
+    torch.manual_seed(0)
+    net = rz.Detector().eval()
+    net.heads[0].bias.data[:2] = 0.
     s = session(rz.save_detector(net, tmp_path/'det.onnx'))
     for h, w in ((128, 128), (320, 192)):
-        x = torch.rand(1, 3, h, w, generator=torch.Generator().manual_seed(1))*2 - 1; out = s.run(None, {'input': x.numpy()})
+        x = torch.rand(1, 3, h, w, generator=torch.Generator().manual_seed(1))*2 - 1
+        out = s.run(None, {'input': x.numpy()})
         assert [o.shape[1:] for o in out] == [((h//k)*(w//k)*2, c) for c in (1, 4, 10) for k in (8, 16, 32)]
         with torch.no_grad(): assert max(np.abs(a - b.numpy()).max() for a, b in zip(out, net(x))) < .05
 
 
 def test_onnx_ships_in_whole_numbers(tmp_path):
     import onnx
-    torch.manual_seed(0); net = rz.Detector().eval(); net.heads[0].bias.data[:2] = 0.; file = rz.save_detector(net, tmp_path/'det.onnx'); before, size = session(file), file.stat().st_size
+    torch.manual_seed(0)
+    net = rz.Detector().eval()
+    net.heads[0].bias.data[:2] = 0.
+    file = rz.save_detector(net, tmp_path/'det.onnx')
+    before, size = session(file), file.stat().st_size
     assert rz.ship_onnx(file) == file and file.stat().st_size < .65*size and not list(tmp_path.glob('*.part'))
-    kinds = {w.name: onnx.numpy_helper.to_array(w) for w in onnx.load(str(file)).graph.initializer}; whole = {k: v for k, v in kinds.items() if v.dtype == np.int8}; assert len(whole) > 10 and not any(v.dtype == np.float16 for v in kinds.values())
+    kinds = {w.name: onnx.numpy_helper.to_array(w) for w in onnx.load(str(file)).graph.initializer}
+    whole = {k: v for k, v in kinds.items() if v.dtype == np.int8}
+    assert len(whole) > 10 and not any(v.dtype == np.float16 for v in kinds.values())
     for name, q in whole.items():   # every row uses its whole range, and has a step of its own
         assert (np.abs(q.astype(int)).reshape(len(q), -1).max(1) == 127).all() and kinds[name.replace('_whole', '_step')].shape == (len(q), *[1]*(q.ndim - 1))
-    x = (torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))*2 - 1).numpy(); a, b = (s.run(None, {'input': x}) for s in (before, session(file)))
+    x = (torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))*2 - 1).numpy()
+    a, b = (s.run(None, {'input': x}) for s in (before, session(file)))
     for u, v in zip(a, b): assert 0 < np.abs(u - v).max() < .05*np.abs(u).max() + .02
     assert any(w.data_type == onnx.TensorProto.INT8 for w in onnx.load(str(TINY/'models'/'tiny'/'rec.onnx')).graph.initializer)
 
 
 def test_training_repeats_and_resumes(tmp_path):
-    n = 6; g = torch.Generator().manual_seed(3); p = sample_identities(n, g); person = torch.arange(n).repeat_interleave(2)
-    images, marks, boxes = draw({k: v[person] for k, v in p.items()}, sample_scenes(2*n, g)); photos = dict(images=(images*255).byte(), landmarks=marks, boxes=boxes, person=person, identities=p)
+    n = 6
+    g = torch.Generator().manual_seed(3)
+    p = sample_identities(n, g)
+    person = torch.arange(n).repeat_interleave(2)
+    images, marks, boxes = draw({k: v[person] for k, v in p.items()}, sample_scenes(2*n, g))
+    photos = dict(images=(images*255).byte(), landmarks=marks, boxes=boxes, person=person, identities=p)
     whole = [r for r in rz.learn_faces(photos, 'rec', steps=4, batch=8, seed=1)][-1]['model'].state_dict()
     for r in rz.learn_faces(photos, 'rec', steps=4, batch=8, seed=1):
-        if r['step'] == 2: rz.save_state(r['state'](), tmp_path/'x.ckpt'); break
-    state = torch.load(tmp_path/'x.ckpt', weights_only=True); assert state['step'] == 2
+        if r['step'] == 2:
+            rz.save_state(r['state'](), tmp_path/'x.ckpt')
+            break
+    state = torch.load(tmp_path/'x.ckpt', weights_only=True)
+    assert state['step'] == 2
     again = [r for r in rz.learn_faces(photos, 'rec', steps=4, batch=8, seed=1, state=state)][-1]['model'].state_dict()
     assert max((whole[k].float() - again[k].float()).abs().max().item() for k in whole) < 1e-5
     with pytest.raises(ValueError, match='larger'): next(rz.learn_faces(photos, 'judge', steps=1))
 
 
 def test_detector_learns_a_little():
-    torch.manual_seed(0); pools = rz.detector_pools(None, 0, 96, 96); assert pools[0][3].any(1).float().mean() < .95  # some are empty
-    losses = [float(r['loss']) for r in rz.learn_detector(pools, steps=20, batch=16)]; assert np.mean(losses[-3:]) < .9*np.mean(losses[:3])
+    # some are empty
+    torch.manual_seed(0)
+    pools = rz.detector_pools(None, 0, 96, 96)
+    assert pools[0][3].any(1).float().mean() < .95
+    losses = [float(r['loss']) for r in rz.learn_detector(pools, steps=20, batch=16)]
+    assert np.mean(losses[-3:]) < .9*np.mean(losses[:3])

@@ -24,7 +24,8 @@ def no_pack(monkeypatch):
     class Reader:
         name = 'buffalo_l'
         def __init__(self, name, root=None, providers=None): pass
-    monkeypatch.setattr('faceid_nb.face.FaceReader', Reader); monkeypatch.setattr(M, '_told', set())
+    monkeypatch.setattr('faceid_nb.face.FaceReader', Reader)
+    monkeypatch.setattr(M, '_told', set())
 
 
 def load(name, folder, pipe=None): return M.load(name, folder=folder, device='cpu', base=pipe or gold.pipeline('sdxl' if 'sdxl' in name else 'sd'), download=False)
@@ -32,8 +33,13 @@ def load(name, folder, pipe=None): return M.load(name, folder=folder, device='cp
 
 @pytest.mark.parametrize('case', NAMES)
 def test_the_originals_numbers(folder, case):
-    spec, want = gold.case(case), gold.expected()[case]; call = dict(spec['call']); embeds, face_image = gold.inputs(case); n = call.pop('num_samples')
-    me = load(NAMES[case], folder); noise = torch.randn(want.shape, generator=torch.Generator().manual_seed(call.pop('seed')))   # the original draws the batch's noise at once
+    spec, want = gold.case(case), gold.expected()[case]
+    call = dict(spec['call'])
+    embeds, face_image = gold.inputs(case)
+    n = call.pop('num_samples')
+    # the original draws the batch's noise at once
+    me = load(NAMES[case], folder)
+    noise = torch.randn(want.shape, generator=torch.Generator().manual_seed(call.pop('seed')))
     faces = [list(e) for e in embeds] if embeds.ndim == 3 else embeds
     if face_image is not None: call['structure'] = me.encoder([face_image])
     call.pop('shortcut', None)
@@ -45,21 +51,29 @@ def test_every_golden_case_has_a_name(): assert set(NAMES) == set(gold.CASES) - 
 
 
 def test_a_row_reads_its_own_structure(folder):
-    me = load('sd15-plusv2', folder); embeds, face = gold.inputs('plusv2_s1.0'); two = me.encoder([face, face.rotate(180)])
+    me = load('sd15-plusv2', folder)
+    embeds, face = gold.inputs('plusv2_s1.0')
+    two = me.encoder([face, face.rotate(180)])
     how = dict(num_samples=1, num_inference_steps=1, width=16, height=16, output_type='latent', seed=0)
     make = lambda **kw: torch.stack([torch.as_tensor(x) for x in me.generate(torch.cat([embeds, embeds]), 'a man', **how, **kw)])
-    both = make(structure=two); assert (both[0] - both[1]).abs().max() > 1e-3
+    both = make(structure=two)
+    assert (both[0] - both[1]).abs().max() > 1e-3
     assert (make(structure=two[:1])[1] - both[0]).abs().max() < 1e-4
     assert (make(structure=two, batch_size=1) - both).abs().max() < 1e-4
-    flat = make(structure=two, s_scale=0.); assert (flat[0] - flat[1]).abs().max() < 1e-4      # weight 0: nothing of the picture is left
-    mixed = make(structure=two, s_scale=[0., 1.]); assert (mixed[0] - flat[0]).abs().max() < 1e-4 and (mixed[1] - both[1]).abs().max() < 1e-4
+    # weight 0: nothing of the picture is left
+    flat = make(structure=two, s_scale=0.)
+    assert (flat[0] - flat[1]).abs().max() < 1e-4
+    mixed = make(structure=two, s_scale=[0., 1.])
+    assert (mixed[0] - flat[0]).abs().max() < 1e-4 and (mixed[1] - both[1]).abs().max() < 1e-4
 
 
 def test_the_structure_comes_with_the_face(folder):
     from faceid_nb.face import Face
     import numpy as np
     from faceid_nb.align import ARCFACE_TEMPLATE
-    me = load('sd15-plus', folder); image = gold.inputs('plus')[1]; embedding = gold.inputs('plus')[0][0].numpy()
+    me = load('sd15-plus', folder)
+    image = gold.inputs('plus')[1]
+    embedding = gold.inputs('plus')[0][0].numpy()
     face = Face(embedding=embedding, landmarks=ARCFACE_TEMPLATE*2, image=np.asarray(image))
     how = dict(num_samples=1, num_inference_steps=1, width=16, height=16, output_type='latent', seed=0)
     a, b = (torch.as_tensor(me.generate(f, 'a', **how, **kw)[0]) for f, kw in ((face, {}), (torch.as_tensor(embedding), dict(structure=me.encoder([face.crop(224)])))))
@@ -76,7 +90,8 @@ def test_structure_is_refused_where_there_is_none(folder):
 
 @pytest.mark.parametrize('name, kind', [('sd15-faceid', 'sdxl'), ('sd15-plusv2', 'sdxl'), ('sdxl-faceid', 'sd'), ('sdxl-plusv2', 'sd')])
 def test_a_checkpoint_for_the_other_base_is_refused(folder, name, kind):
-    pipe = gold.pipeline(kind); processors, before = dict(pipe.unet.attn_processors), {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    pipe = gold.pipeline(kind)
+    processors, before = dict(pipe.unet.attn_processors), {k: v.clone() for k, v in pipe.unet.state_dict().items()}
     with pytest.raises(BaseModelError): load(name, folder, pipe)
     assert pipe.unet.attn_processors == processors and all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
 
@@ -86,7 +101,8 @@ def test_an_encoder_of_another_width_is_refused(folder, tmp_path):
     shutil.copy(folder/'ip-adapter-faceid-plus_sd15.bin', tmp_path)
     CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=28)).save_pretrained(tmp_path/'image_encoder')
     with pytest.raises(BaseModelError, match='64 wide.*96 wide'): load('sd15-plus', tmp_path)
-    (tmp_path/'image_encoder'/'config.json').write_text('{}'); (tmp_path/'image_encoder'/'model.safetensors').write_bytes(b'<html>')
+    (tmp_path/'image_encoder'/'config.json').write_text('{}')
+    (tmp_path/'image_encoder'/'model.safetensors').write_bytes(b'<html>')
     with pytest.raises(BaseModelError, match='not a CLIP vision model'): load('sd15-plus', tmp_path)
     shutil.rmtree(tmp_path/'image_encoder')
     with pytest.raises(WeightsMissingError, match='image encoder laion'): load('sd15-plus', tmp_path)
@@ -107,14 +123,17 @@ def test_a_folder_says_itself_which_base_it_is(tmp_path, kind):
 def test_pixels_are_what_clip_asks_for():
     from PIL import Image
     import numpy as np
-    e = StructureEncoder(gold.image_encoder()); red = Image.new('RGB', (224, 224), (255, 0, 0))
+    e = StructureEncoder(gold.image_encoder())
+    red = Image.new('RGB', (224, 224), (255, 0, 0))
     mean, sd = np.array([.48145466, .4578275, .40821073]), np.array([.26862954, .26130258, .27577711])
     assert np.allclose(e.pixels([red])[0, :, 100, 100].numpy(), (np.array([1., 0, 0]) - mean)/sd, atol=1e-4)
     assert e([red, red]).shape == (2, 17, 96) and e.nobody().shape == (1, 17, 96)
 
 
 def test_nobody_is_looked_at_once(monkeypatch):
-    e = StructureEncoder(gold.image_encoder()); looked = []; states = StructureEncoder.states
+    e = StructureEncoder(gold.image_encoder())
+    looked = []
+    states = StructureEncoder.states
     monkeypatch.setattr(StructureEncoder, 'states', lambda self, x: looked.append(1) or states(self, x))
     assert torch.equal(e.nobody(), e.nobody()) and len(looked) == 1
 
@@ -133,10 +152,13 @@ def random_case(kind, base, seed):
     "A UNet and a checkpoint without LoRA that fits it, and a function that picks at random."
     from diffusers import UNet2DConditionModel
     from faceid_nb.adapter import FaceIDAdapter
-    r = torch.Generator().manual_seed(seed); pick = lambda *xs: xs[int(torch.randint(len(xs), (), generator=r))]
+    r = torch.Generator().manual_seed(seed)
+    pick = lambda *xs: xs[int(torch.randint(len(xs), (), generator=r))]
     unet = gold.fill_(UNet2DConditionModel(**{**gold.SPEC['configs'][f'unet_{base}'], 'layers_per_block': pick(1, 2), 'block_out_channels': pick((16, 32), (32, 64))}), seed).eval()
-    variant = 'portrait' if kind == 'unnormalised' else kind; tokens = pick(8, 16) if variant == 'portrait' else 4
-    a = FaceIDAdapter.new(unet, variant, tokens, 0, seed, clip_embeddings_dim=pick(48, 96)); gold.fill_(a.net, 20 + seed)
+    variant = 'portrait' if kind == 'unnormalised' else kind
+    tokens = pick(8, 16) if variant == 'portrait' else 4
+    a = FaceIDAdapter.new(unet, variant, tokens, 0, seed, clip_embeddings_dim=pick(48, 96))
+    gold.fill_(a.net, 20 + seed)
     if kind == 'unnormalised': a = FaceIDAdapter.from_state(raw_projection(unet.config.cross_attention_dim, seed, tokens, pick(64, 128)), a.state_dict()['ip_adapter'])
     return unet, a, pick
 
@@ -144,17 +166,23 @@ def random_case(kind, base, seed):
 def differ(kind, base, seed):
     "The largest differences between ours and diffusers' predictions, and between ours and those for nobody."
     import copy
-    unet, a, pick = random_case(kind, base, seed); g = torch.Generator().manual_seed(seed); draw = lambda *shape: torch.randn(shape, generator=g)
+    unet, a, pick = random_case(kind, base, seed)
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=g)
     B, k, cfg, L, scale = pick(1, 2, 3), pick(1, 2, 3, 5, 7) if a.variant == 'portrait' else 1, pick(True, False), pick(5, 17), pick(.4, 1., 1.6)
-    e = draw(B, k, 512)*(1 if a.raw else 512**-.5); clip, none, s = draw(B, L, a.structure_width or 1), draw(1, L, a.structure_width or 1), 2*torch.rand(B, generator=g)
-    x, text, t, parts = draw(B, 4, 8, 8), draw(2*B, 7, unet.config.cross_attention_dim), 500, 1 + cfg; rows = parts*B
+    e = draw(B, k, 512)*(1 if a.raw else 512**-.5)
+    clip, none, s = draw(B, L, a.structure_width or 1), draw(1, L, a.structure_width or 1), 2*torch.rand(B, generator=g)
+    x, text, t, parts = draw(B, 4, 8, 8), draw(2*B, 7, unet.config.cross_attention_dim), 500, 1 + cfg
+    rows = parts*B
     more = dict(text_embeds=draw(rows, 64), time_ids=draw(rows, 6)) if base == 'sdxl' else {}
     seen = dict(structure=clip, negative_structure=none, s_scale=s) if a.structure_width else {}
     run = lambda net, **kw: net(x.repeat(parts, 1, 1, 1), t, encoder_hidden_states=text[:rows], added_cond_kwargs={**more, **kw}).sample
-    theirs = copy.deepcopy(unet); theirs._load_ip_adapter_weights([a.state_dict()], low_cpu_mem_usage=False)
+    theirs = copy.deepcopy(unet)
+    theirs._load_ip_adapter_weights([a.state_dict()], low_cpu_mem_usage=False)
     for p in theirs.attn_processors.values():
         if hasattr(p, 'scale'): p.scale = [scale]
-    both = torch.cat([torch.zeros_like(e), e])[-rows:]; proj = theirs.encoder_hid_proj.image_projection_layers[0]
+    both = torch.cat([torch.zeros_like(e), e])[-rows:]
+    proj = theirs.encoder_hid_proj.image_projection_layers[0]
     if a.structure_width: proj.shortcut, proj.shortcut_scale, proj.clip_embeds = kind == 'plusv2', s.repeat(parts)[:, None, None], torch.cat([none.expand(B, -1, -1), clip])[-rows:, None]
     a.attach(unet)
     with torch.no_grad():
@@ -173,8 +201,10 @@ def test_rows_as_diffusers_computes_them(kind, base, seed):
 # --- the unnormalised Portrait: `Face.raw_embedding` goes in
 @pytest.fixture(scope='module')
 def unnormalised(tmp_path_factory):
-    f = tmp_path_factory.mktemp('unnorm')/'ip-adapter-faceid-portrait_sdxl_unnorm.bin'; c = gold.state('ip-adapter-faceid_sdxl.bin')
-    torch.save({'image_proj': raw_projection(128, 7), 'ip_adapter': {k: v for k, v in c['ip_adapter'].items() if '_ip.' in k}}, f); return f
+    f = tmp_path_factory.mktemp('unnorm')/'ip-adapter-faceid-portrait_sdxl_unnorm.bin'
+    c = gold.state('ip-adapter-faceid_sdxl.bin')
+    torch.save({'image_proj': raw_projection(128, 7), 'ip_adapter': {k: v for k, v in c['ip_adapter'].items() if '_ip.' in k}}, f)
+    return f
 
 
 def person(seed, length=20.):
@@ -186,10 +216,14 @@ def person(seed, length=20.):
 def test_unnormalised_reads_the_raw_embedding(unnormalised):
     from faceid_nb.adapter import FaceIDAdapter
     from faceid_nb.faceid import FaceID
-    pipe = gold.pipeline('sdxl'); a = FaceIDAdapter.from_file(unnormalised); assert (a.variant, a.raw, a.num_tokens) == ('portrait', True, 16)
-    me = FaceID(pipe, a); how = dict(num_samples=1, num_inference_steps=1, width=16, height=16, output_type='latent', seed=0)
+    pipe = gold.pipeline('sdxl')
+    a = FaceIDAdapter.from_file(unnormalised)
+    assert (a.variant, a.raw, a.num_tokens) == ('portrait', True, 16)
+    me = FaceID(pipe, a)
+    how = dict(num_samples=1, num_inference_steps=1, width=16, height=16, output_type='latent', seed=0)
     make = lambda *faces: torch.as_tensor(me.generate([list(faces)], 'a', **how)[0])
-    two = make(person(1), person(2)); raws = [torch.as_tensor(person(i).raw_embedding) for i in (1, 2)]
+    two = make(person(1), person(2))
+    raws = [torch.as_tensor(person(i).raw_embedding) for i in (1, 2)]
     assert torch.equal(two, make(*raws)) and (two - make(*(r/4 for r in raws))).abs().max() > 1e-3 and (two - make(person(1))).abs().max() > 1e-3
     with pytest.raises(ArgumentError, match='came without|only has the unit'): make(person(1, None))
     with pytest.raises(ArgumentError, match='length 1'): make(torch.as_tensor(person(1).embedding))
@@ -212,7 +246,8 @@ def test_portrait_v11_is_laid_out_as_the_first(name, tmp_path):
     state = gold.state('ip-adapter-faceid-portrait_sd15.bin')
     if name.endswith('.bin'): torch.save(state, tmp_path/name)
     else: save_file({f'{p}.{k}': t for p in state for k, t in state[p].items()}, tmp_path/name)
-    a = FaceIDAdapter.from_file(tmp_path/name); assert (a.variant, a.num_tokens, a.raw, a.structure_width) == ('portrait', 16, False, None)
+    a = FaceIDAdapter.from_file(tmp_path/name)
+    assert (a.variant, a.num_tokens, a.raw, a.structure_width) == ('portrait', 16, False, None)
 
 
 # -- what an adapter has to know of its base, and how far photographs of one person agree
@@ -231,8 +266,12 @@ def test_agreement_is_the_mean_cosine_with_the_others():
     import numpy as np
     from faceid_nb.errors import ArgumentError
     from faceid_nb.portrait import agreement
-    rng = np.random.default_rng(0); e = rng.normal(size=(4, 512)); unit = e/np.linalg.norm(e, axis=1, keepdims=True)
+    rng = np.random.default_rng(0)
+    e = rng.normal(size=(4, 512))
+    unit = e/np.linalg.norm(e, axis=1, keepdims=True)
     want = [np.mean([unit[i] @ unit[j] for j in range(4) if j != i]) for i in range(4)]
     assert np.allclose(agreement(e), want) and np.allclose(agreement(3*e), want)
-    person = rng.normal(size=512); five = np.stack([person + .5*rng.normal(size=512) for _ in range(4)] + [rng.normal(size=512)]); assert agreement(five).argmin() == 4 and agreement(five)[4] < .2 < agreement(five)[:4].min()
+    person = rng.normal(size=512)
+    five = np.stack([person + .5*rng.normal(size=512) for _ in range(4)] + [rng.normal(size=512)])
+    assert agreement(five).argmin() == 4 and agreement(five)[4] < .2 < agreement(five)[:4].min()
     with pytest.raises(ArgumentError, match='nothing to agree'): agreement(e[:1])

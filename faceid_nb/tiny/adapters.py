@@ -54,14 +54,17 @@ def aligned(photos, size=64):
 
 def captioned(parts, tokenizer, wordings=2, seed=0):
     "What a base is trained on: dict of latents (N,C,h,w), ids (wordings,N,L), boxes (N,4)."
-    photos = _load(parts, 'photos.pt', 'python -m faceid_nb.tiny.base --part photos --out DIR'); data = _load(parts, 'latents.pt', 'python -m faceid_nb.tiny.base --part diffusion --out DIR')
-    rows = data['rows'] if 'rows' in data else torch.arange(len(data['latents'])); who, scenes, rng = drawn.take(photos['identities'], photos['person'][rows]), drawn.take(photos['scenes'], rows), random.Random(seed)
+    photos = _load(parts, 'photos.pt', 'python -m faceid_nb.tiny.base --part photos --out DIR')
+    data = _load(parts, 'latents.pt', 'python -m faceid_nb.tiny.base --part diffusion --out DIR')
+    rows = data['rows'] if 'rows' in data else torch.arange(len(data['latents']))
+    who, scenes, rng = drawn.take(photos['identities'], photos['person'][rows]), drawn.take(photos['scenes'], rows), random.Random(seed)
     return dict(latents=data['latents'].clone(), boxes=data['boxes'], ids=torch.stack([word_ids(tokenizer, drawn.captions(who, scenes, rng)).short() for _ in range(wordings)]))
 
 def unsaid(texts, rng, share=.85):
     "Captions, most of them without their word for the mood: what a caption says nobody looks up in the crop."
     import re
-    mood = re.compile(r', (?:%s)\b' % '|'.join(drawn.EXPRESSIONS)); return [mood.sub('', t) if rng.random() < share else t for t in texts]
+    mood = re.compile(r', (?:%s)\b' % '|'.join(drawn.EXPRESSIONS))
+    return [mood.sub('', t) if rng.random() < share else t for t in texts]
 
 def training_table(
     parts,     # folder with photos.pt, latents.pt and embeds.pt
@@ -73,9 +76,13 @@ def training_table(
     scores=None,     # `lesson_scores`, for a structure loss
 ):
     "The `LatentTable` of the tiny pack."
-    photos = _load(parts, 'photos.pt', 'python -m faceid_nb.tiny.base --part photos --out DIR'); data = _load(parts, 'latents.pt', 'python -m faceid_nb.tiny.base --part diffusion --out DIR')
-    embeds = _load(parts, 'embeds.pt', 'python -m faceid_nb.tiny.recognizer --help'); embeds = embeds['embeds'] if isinstance(embeds, dict) else embeds
-    rows = data['rows'] if 'rows' in data else torch.arange(len(data['latents'])); size = photos['images'].shape[-1]   # which photographs the latents are of
+    photos = _load(parts, 'photos.pt', 'python -m faceid_nb.tiny.base --part photos --out DIR')
+    data = _load(parts, 'latents.pt', 'python -m faceid_nb.tiny.base --part diffusion --out DIR')
+    embeds = _load(parts, 'embeds.pt', 'python -m faceid_nb.tiny.recognizer --help')
+    embeds = embeds['embeds'] if isinstance(embeds, dict) else embeds
+    # which photographs the latents are of
+    rows = data['rows'] if 'rows' in data else torch.arange(len(data['latents']))
+    size = photos['images'].shape[-1]
     if len(embeds) != len(photos['person']): raise ArgumentError(f'embeds.pt holds {len(embeds)} embeddings', f"there are {len(photos['person'])} photographs", 'Embed all of photos.pt again')
     who, scenes, rng = drawn.take(photos['identities'], photos['person'][rows]), drawn.take(photos['scenes'], rows), random.Random(seed)
     text = (lambda: unsaid(drawn.captions(who, scenes, rng, person=1), rng)) if crops else (lambda: drawn.captions(who, scenes, rng, person=1))
@@ -90,7 +97,9 @@ def face_shapes(
     "What is left of landmarks when place, size and tilt are taken away, along its k main directions: (N,k), each of mean 0 and variance 1."
     z, goal = (torch.view_as_complex((p - p.mean(-2, keepdim=True)).float().contiguous()) for p in (landmarks, torch.as_tensor(crop_template(112))))
     laid = z*((z.conj()*goal).sum(1)/z.abs().square().sum(1))[:, None]     # the nearest similarity is one complex number
-    x = torch.view_as_real(laid).flatten(1); x = x - x.mean(0); return torch.linalg.svd(x, full_matrices=False).U[:, :k]*len(x)**.5
+    x = torch.view_as_real(laid).flatten(1)
+    x = x - x.mean(0)
+    return torch.linalg.svd(x, full_matrices=False).U[:, :k]*len(x)**.5
 
 def lesson_scores(photos):
     "What a resampler is to say of every photograph: shape and mood, (N,8)."
@@ -104,9 +113,11 @@ def lesson_goal(
     seed=1,
 ):
     "function(rows, embeds): the tokens that the resampler is to say, (B,T,d)."
-    T, d = net.num_tokens, net.cross_attention_dim; directions = torch.linalg.qr(torch.randn(T*d, scores.shape[1], generator=torch.Generator().manual_seed(seed))).Q.T
+    T, d = net.num_tokens, net.cross_attention_dim
+    directions = torch.linalg.qr(torch.randn(T*d, scores.shape[1], generator=torch.Generator().manual_seed(seed))).Q.T
     def goal(rows, embeds):
-        x = MLPProjection.forward(net, embeds); far = share*.6*x.flatten(1).norm(dim=1).mean()
+        x = MLPProjection.forward(net, embeds)
+        far = share*.6*x.flatten(1).norm(dim=1).mean()
         return (.6 if net.shortcut else 1.6)*x + (far*scores[rows] @ directions).view_as(x)     # Plus has no shortcut, so it says the person too
     return goal
 
@@ -116,12 +127,20 @@ def teach_resampler(
     steps=400, batch=64, lr=2e-3, seed=0, log_every=50,
 ):
     "Generator of figures: a resampler learns what to say, without a UNet. `error`: what is left of the goal's variance."
-    net.requires_grad_(False); resampler = net.perceiver_resampler.requires_grad_(True); rows, g = table.groups.rows, torch.Generator().manual_seed(seed)
-    opt = torch.optim.AdamW(resampler.parameters(), lr=lr, weight_decay=0); schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=.1)
+    net.requires_grad_(False)
+    resampler = net.perceiver_resampler.requires_grad_(True)
+    rows, g = table.groups.rows, torch.Generator().manual_seed(seed)
+    opt = torch.optim.AdamW(resampler.parameters(), lr=lr, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=.1)
     for step in range(steps):
-        i = rows[torch.randint(len(rows), (batch,), generator=g)]; b = table[i, torch.rand(batch, 2, generator=g)]
+        i = rows[torch.randint(len(rows), (batch,), generator=g)]
+        b = table[i, torch.rand(batch, 2, generator=g)]
         with torch.no_grad(): wanted = goal(i, b['embeds'])
-        loss = (net.parts(b['embeds'], encoder.states(encoder.normalised(b['crops'])))[1] - wanted).square().mean(); opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
+        loss = (net.parts(b['embeds'], encoder.states(encoder.normalised(b['crops'])))[1] - wanted).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        schedule.step()
         if (step + 1) % log_every == 0: yield dict(lesson=step + 1, error=float(loss.detach()/wanted.var(0).mean()))
     net.requires_grad_(True)
 
@@ -129,7 +148,8 @@ def teach_resampler(
 class StructureReader(nn.Module):
     "Latents (B,C,16,16) -> scores (B,k). It takes part in training; what measures structure afterwards is another."
     def __init__(self, channels=8, k=8, widths=(64, 96, 128)):
-        super().__init__(); half = lambda i, o, stride: [nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.GroupNorm(8, o), nn.SiLU()]
+        super().__init__()
+        half = lambda i, o, stride: [nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.GroupNorm(8, o), nn.SiLU()]
         body = [l for j, (i, o) in enumerate(zip((channels, *widths), widths)) for l in (*half(i, o, 1 + (j > 0)), *half(o, o, 1))]
         self.body = nn.Sequential(*body, nn.Flatten(), nn.Linear(widths[-1]*16, 128), nn.SiLU(), nn.Linear(128, k))
     def forward(self, z): return self.body(z)
@@ -145,12 +165,22 @@ def train_structure_reader(
     steps=1000, batch=128, lr=2e-3, seed=0, log_every=200,
 ):
     "Generator of figures: correlations with the scores on people held out, on clear and on vague latents; the last one holds the `reader`."
-    torch.manual_seed(seed); g = torch.Generator().manual_seed(seed); rows, held = table.groups.rows, table.groups.held; reader = StructureReader(table.latents.shape[1], table.scores.shape[1])
-    opt = torch.optim.AdamW(reader.parameters(), lr=lr, weight_decay=.01); schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=.1); latents = lambda i: table.latents[table.at[i]].float()
+    torch.manual_seed(seed)
+    g = torch.Generator().manual_seed(seed)
+    rows, held = table.groups.rows, table.groups.held
+    reader = StructureReader(table.latents.shape[1], table.scores.shape[1])
+    opt = torch.optim.AdamW(reader.parameters(), lr=lr, weight_decay=.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=.1)
+    latents = lambda i: table.latents[table.at[i]].float()
     for step in range(steps):
-        i = rows[torch.randint(len(rows), (batch,), generator=g)]; x = vague(latents(i), g)
+        i = rows[torch.randint(len(rows), (batch,), generator=g)]
+        x = vague(latents(i), g)
         with torch.autocast('cpu', torch.bfloat16, has_bf16()): said = reader(x)
-        loss = (said.float() - table.scores[i]).square().mean(); opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
+        loss = (said.float() - table.scores[i]).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        schedule.step()
         if (step + 1) % log_every == 0 or step + 1 == steps:
             with torch.no_grad(): clear, dim = (reader(z).T for z in (latents(held), vague(latents(held), g)))
             mean = lambda said: sum(correlation(a, b)[0] for a, b in zip(said, table.scores[held].T))/len(said)
@@ -166,7 +196,9 @@ def differentiable_recogniser(
 ):
     "function(pictures in -1..1, landmarks in pixels) -> embeddings, for `train`'s identity loss. Never the judge."
     from faceid_nb.tiny.recognizer import Recognizer, align_crops
-    model = Recognizer(); model.load_state_dict(torch.load(file, weights_only=True)); model.eval().requires_grad_(False)
+    model = Recognizer()
+    model.load_state_dict(torch.load(file, weights_only=True))
+    model.eval().requires_grad_(False)
     return lambda pictures, landmarks: model(align_crops(pictures/2 + .5, landmarks)*2 - 1)
 
 def start_from(
@@ -185,8 +217,10 @@ def train_tiny(parts, out, sd=None, recogniser=None, pack=None, init=None, varia
     "Generator of figures: train a tiny adapter on the parts in a folder, from nothing or from the file `init`; Plus and PlusV2 after so many `lessons`, with a structure loss where it has a weight."
     from faceid_nb.plus import StructureEncoder
     from faceid_nb.train import load_base
-    pipe = load_base(str(sd or Path(parts)/'sd')); scores = lesson_scores(_load(parts, 'photos.pt', '')) if lessons or structure_weight else None
-    table = training_table(parts, pipe.tokenizer, settings.pop('held', 64), crops='plus' in variant, several=several, scores=scores*torch.tensor(TURN).sqrt() if structure_weight else None); pipe.set_progress_bar_config(disable=True)
+    pipe = load_base(str(sd or Path(parts)/'sd'))
+    scores = lesson_scores(_load(parts, 'photos.pt', '')) if lessons or structure_weight else None
+    table = training_table(parts, pipe.tokenizer, settings.pop('held', 64), crops='plus' in variant, several=several, scores=scores*torch.tensor(TURN).sqrt() if structure_weight else None)
+    pipe.set_progress_bar_config(disable=True)
     if encoder: settings['encoder'] = StructureEncoder.from_pretrained(str(encoder))
     settings['variant'] = variant
     if recogniser: settings['identity'] = differentiable_recogniser(recogniser)
@@ -210,7 +244,8 @@ def ship(
 ):
     "Write a checkpoint as it ships: its path. Raises ArgumentError, CheckpointError."
     from faceid_nb.checkpoint import read_checkpoint, save_checkpoint
-    c = read_checkpoint(checkpoint); net = dict(c.image_proj)
+    c = read_checkpoint(checkpoint)
+    net = dict(c.image_proj)
     if gain != 1 and c.variant != 'plusv2': raise ArgumentError('Only PlusV2 weighs the structure', f'this is {c.variant}', 'Leave gain at 1')
     for k in ('weight', 'bias') if gain != 1 else (): net[f'perceiver_resampler.norm_out.{k}'] = net[f'perceiver_resampler.norm_out.{k}'].float()*gain
     return save_checkpoint({part: {k: v.to(dtype) for k, v in tensors.items()} for part, tensors in dict(image_proj=net, ip_adapter=c.ip_adapter).items()}, Path(out)/f'{Path(checkpoint).stem}.safetensors', c.variant)
@@ -219,25 +254,39 @@ def ship(
 class SceneReader(nn.Module):
     "Pictures (B,3,64,64) in 0..1 -> expression (B,4) and glasses (B,1) as logits, yaw (B,1) in radians."
     def __init__(self, widths=(16, 32, 64, 96)):
-        super().__init__(); block = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU(), nn.Conv2d(o, o, 3, 1, 1, groups=o, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-        self.body = nn.Sequential(*map(block, (3, *widths[:-1]), widths), nn.Flatten(), nn.Linear(widths[-1]*16, 96), nn.ReLU()); self.head = nn.Linear(96, 6)
-    def forward(self, x): y = self.head(self.body(x*2 - 1)); return y[:, :4], y[:, 4:5], y[:, 5:]
+        super().__init__()
+        block = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU(), nn.Conv2d(o, o, 3, 1, 1, groups=o, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+        self.body = nn.Sequential(*map(block, (3, *widths[:-1]), widths), nn.Flatten(), nn.Linear(widths[-1]*16, 96), nn.ReLU())
+        self.head = nn.Linear(96, 6)
+    def forward(self, x):
+        y = self.head(self.body(x*2 - 1))
+        return y[:, :4], y[:, 4:5], y[:, 5:]
 
 def smear(x, g):
     "Blur and noise, as generated pictures have them; every row its own amount."
-    blur = F.avg_pool2d(F.pad(x, (1,)*4, mode='replicate'), 3, 1); r = lambda: torch.rand(len(x), 1, 1, 1, generator=g)
+    blur = F.avg_pool2d(F.pad(x, (1,)*4, mode='replicate'), 3, 1)
+    r = lambda: torch.rand(len(x), 1, 1, 1, generator=g)
     return (torch.lerp(x, blur, r()*(r() < .7)) + .06*r()*torch.randn(x.shape, generator=g)).clamp(0, 1)
 
 def train_reader(photos, steps=1500, batch=128, lr=3e-3, seed=0):
     "Generator of figures; the last one holds the trained `reader`. The last 2000 photographs are held out."
-    torch.manual_seed(seed); g = torch.Generator().manual_seed(seed); model = SceneReader().to(memory_format=torch.channels_last); s, n = photos['scenes'], len(photos['images']) - min(2000, len(photos['images'])//5)
-    opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=.01); schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=.1)
+    torch.manual_seed(seed)
+    g = torch.Generator().manual_seed(seed)
+    model = SceneReader().to(memory_format=torch.channels_last)
+    s, n = photos['scenes'], len(photos['images']) - min(2000, len(photos['images'])//5)
+    opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=.1)
     for step in range(steps):
-        i = torch.randint(n, (batch,), generator=g); expression, glasses, yaw = model(smear(photos['images'][i].float()/255, g).contiguous(memory_format=torch.channels_last))
+        i = torch.randint(n, (batch,), generator=g)
+        expression, glasses, yaw = model(smear(photos['images'][i].float()/255, g).contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(expression, s['expression'][i]) + F.binary_cross_entropy_with_logits(glasses[:, 0], s['glasses'][i]) + 5*F.mse_loss(yaw[:, 0], s['yaw'][i])
-        opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        schedule.step()
         if step % 100 == 99: yield dict(step=step + 1, loss=float(loss.detach()))
-    model.eval(); i = torch.arange(n, len(photos['images']))
+    model.eval()
+    i = torch.arange(n, len(photos['images']))
     with torch.no_grad(): expression, glasses, yaw = (torch.cat(x) for x in zip(*(model(photos['images'][k].float()/255) for k in i.split(250))))
     right = dict(expression=float((expression.argmax(1) == s['expression'][i]).float().mean()), glasses=float(((glasses[:, 0] > 0) == (s['glasses'][i] > 0)).float().mean()),
                  yaw=float(torch.corrcoef(torch.stack([yaw[:, 0], s['yaw'][i]]))[0, 1]))
@@ -252,14 +301,17 @@ def load_reader(path):
     "A `SceneReader` from its file. Raises WeightsMissingError."
     from safetensors.torch import load_file
     if not Path(path).exists(): raise WeightsMissingError(f'The reader of scenes is not at {path}', '', 'python -m faceid_nb.tiny.adapters reader --parts DIR --out DIR makes it')
-    model = SceneReader(); model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(str(path)).items()}); return model.eval()
+    model = SceneReader()
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(str(path)).items()})
+    return model.eval()
 
 # %% ../../nbs/tiny/adapters.ipynb #2cdd0b93
 def read_colours(
     images,  # (N,3,64,64) in 0..1
 ):
     "Index of the palette's nearest colour for shirt and for background: (N,), (N,)"
-    palette = torch.tensor(list(drawn.COLOURS.values())); name = lambda p: (p.median(2)[0][:, None] - palette).pow(2).sum(2).argmin(1)
+    palette = torch.tensor(list(drawn.COLOURS.values()))
+    name = lambda p: (p.median(2)[0][:, None] - palette).pow(2).sum(2).argmin(1)
     return name(images[:, :, 59:64, 24:40].flatten(2)), name(torch.cat([images[:, :, 2:16, 1:6].flatten(2), images[:, :, 2:16, 58:63].flatten(2)], 2))
 
 @torch.no_grad()
@@ -268,13 +320,16 @@ def read_scenes(
     reader,   # a `SceneReader`
 ):
     "What is to be seen: dict of (N,) shirt, background, expression (indices), glasses (0 or 1), yaw."
-    shirt, background = read_colours(images); expression, glasses, yaw = reader(images)
+    shirt, background = read_colours(images)
+    expression, glasses, yaw = reader(images)
     return dict(shirt=shirt, background=background, expression=expression.argmax(1), glasses=(glasses[:, 0] > 0).long(), yaw=yaw[:, 0])
 
 # %% ../../nbs/tiny/adapters.ipynb #dff383b1
 def questions(n, seed=0):
     "n prompts, and what a picture that follows them shows: list of texts, dict of (n,)"
-    rng = random.Random(seed); colours = list(drawn.COLOURS); rows = []
+    rng = random.Random(seed)
+    colours = list(drawn.COLOURS)
+    rows = []
     for i in range(n):
         shirt, background, mood, glasses = rng.choice(colours), rng.choice(colours), drawn.EXPRESSIONS[i % 4], int(i//4 % 4 == i % 4)
         rows.append((f'photo of a person in a {shirt} shirt, {mood}, {background} background' + ', wearing glasses'*glasses, colours.index(shirt), colours.index(background), i % 4, glasses))
@@ -286,14 +341,17 @@ def mean_interval(
     values,  # (people,) or (people, pictures); nan is left out
 ):
     "Mean over people and half the width of its 95% interval."
-    v = torch.as_tensor(values, dtype=torch.float64); v = v.nanmean(1) if v.ndim > 1 else v; v = v[~v.isnan()]
+    v = torch.as_tensor(values, dtype=torch.float64)
+    v = v.nanmean(1) if v.ndim > 1 else v
+    v = v[~v.isnan()]
     return (float(v.mean()), 1.96*float(v.std())/len(v)**.5) if len(v) > 1 else (float('nan'), float('nan'))
 
 def share_interval(
     hits,  # (n,) 0 or 1
 ):
     "Share, and low and high end of Wilson's 95% interval."
-    hits = torch.as_tensor(hits).double().flatten(); n, p, z = len(hits), float(hits.mean()), 1.96
+    hits = torch.as_tensor(hits).double().flatten()
+    n, p, z = len(hits), float(hits.mean()), 1.96
     middle, half = (p + z*z/(2*n))/(1 + z*z/n), z/(1 + z*z/n)*math.sqrt(p*(1 - p)/n + z*z/(4*n*n))
     return p, max(0., middle - half), min(1., middle + half)
 
@@ -314,7 +372,9 @@ class Judge:
         arrays, points, rows = [np.asarray(i.convert('RGB')) for i in images], [], []
         for k, a in enumerate(arrays):
             _, landmarks, _ = self.reader.detector.detect(a)
-            if len(landmarks): points.append(landmarks[0]); rows.append(k)
+            if len(landmarks):
+                points.append(landmarks[0])
+                rows.append(k)
         out = torch.full((len(images), 512), float('nan'))
         if rows: out[rows] = F.normalize(torch.from_numpy(self.embedder.embed([arrays[k] for k in rows], points)), dim=1)
         return out
@@ -325,7 +385,9 @@ def likeness(
     among=16,    # for rank-1
 ):
     "genuine (people,k), impostor (people,k), right (people,k): nan where there is no face, but a miss in `right`"
-    cos = torch.einsum('pkd,qd->pkq', e, references); n = len(references); own = torch.eye(n, dtype=torch.bool)[:, None].expand(cos.shape)
+    cos = torch.einsum('pkd,qd->pkq', e, references)
+    n = len(references)
+    own = torch.eye(n, dtype=torch.bool)[:, None].expand(cos.shape)
     genuine, impostor = cos[own].view(cos.shape[:2]), cos.masked_fill(own, float('nan')).nanmean(2)
     line_up = cos.gather(2, ((torch.arange(n)[:, None] + torch.arange(min(among, n))) % n)[:, None].expand(-1, cos.shape[1], -1))
     return genuine, impostor, (line_up.argmax(2) == 0) & ~genuine.isnan()
@@ -350,9 +412,15 @@ class Probe:
         people=16, steps=15, guidance_scale=5., seed=HELD_OUT + 100,
     ):
         from faceid_nb.face import FaceReader
-        self.judge = Judge(FaceReader('tiny', pack, 'cpu'), Path(pack)/'models'/'judge'/'rec.onnx'); references, others = photographs_of(people, seed); self.seed = seed
-        self.faces = [self.judge.reader.best(r) for r in references]; self.known = self.judge(references); self.texts, _ = questions(people, seed); self.how = dict(num_inference_steps=steps, guidance_scale=guidance_scale)
-        genuine, impostor, _ = likeness(self.judge(others)[:, None], self.known); self.ceiling = float((genuine - impostor).nanmean())
+        self.judge = Judge(FaceReader('tiny', pack, 'cpu'), Path(pack)/'models'/'judge'/'rec.onnx')
+        references, others = photographs_of(people, seed)
+        self.seed = seed
+        self.faces = [self.judge.reader.best(r) for r in references]
+        self.known = self.judge(references)
+        self.texts, _ = questions(people, seed)
+        self.how = dict(num_inference_steps=steps, guidance_scale=guidance_scale)
+        genuine, impostor, _ = likeness(self.judge(others)[:, None], self.known)
+        self.ceiling = float((genuine - impostor).nanmean())
     def __call__(self, trainer):
         "{'gap': as a share of the photographs' own, 'rank1', 'found'}"
         with trainer.showing(self.faces) as pipe: images = pipe(self.texts, generator=[torch.Generator().manual_seed(self.seed + i) for i in range(len(self.texts))], **self.how).images
@@ -368,13 +436,17 @@ def evaluate(
 ):
     "Table of likeness and prompt adherence over scale: a dict to be saved as JSON, and pictures {scale: list}."
     from tqdm.auto import tqdm
-    references, others = photographs_of(people, seed); texts, wanted = questions(people*each, seed); faces = [faceid.reader.best(r) for r in references]
-    known = judge(references); table = dict(people=people, each=each, seed=seed, settings=generate, rows=[], photographs=_row(likeness(judge(others)[:, None], known), {}, {}))
+    references, others = photographs_of(people, seed)
+    texts, wanted = questions(people*each, seed)
+    faces = [faceid.reader.best(r) for r in references]
+    known = judge(references)
+    table = dict(people=people, each=each, seed=seed, settings=generate, rows=[], photographs=_row(likeness(judge(others)[:, None], known), {}, {}))
     made = {}
     for scale in tqdm(scales, disable=not progress, desc='scales'):
         start = time.time()
         made[scale] = faceid.generate([f for f in faces for _ in range(each)], texts, num_samples=1, seed=list(range(people*each)), scale=scale, batch_size=batch_size, **generate)
-        seconds = (time.time() - start)/len(made[scale]); seen = read_scenes(as_tensor(made[scale]), scenes)
+        seconds = (time.time() - start)/len(made[scale])
+        seen = read_scenes(as_tensor(made[scale]), scenes)
         table['rows'].append(dict(scale=scale, seconds=seconds, **_row(likeness(judge(made[scale]).view(people, each, -1), known), seen, wanted)))
     return table, dict(references=references, others=others, made=made)
 
@@ -390,20 +462,28 @@ def evaluate_base(
     n=256, seed=HELD_OUT, batch_size=64, **arguments,  # num_inference_steps=30, guidance_scale=7.5
 ):
     "The base alone: how often prompts are followed and faces found: a dict of shares with intervals, and the pictures."
-    texts, wanted = questions(n, seed); images, start = [], time.time()
+    texts, wanted = questions(n, seed)
+    images, start = [], time.time()
     for k in range(0, n, batch_size):
-        part = texts[k:k + batch_size]; g = [torch.Generator().manual_seed(seed + k + i) for i in range(len(part))]
+        part = texts[k:k + batch_size]
+        g = [torch.Generator().manual_seed(seed + k + i) for i in range(len(part))]
         with torch.no_grad(): images += pipe(part, generator=g, **{**dict(num_inference_steps=30, guidance_scale=7.5), **arguments}).images
-    seen = read_scenes(as_tensor(images), scenes); row = {k: share_interval(seen[k] == wanted[k]) for k in wanted}
-    for k, mood in enumerate(drawn.EXPRESSIONS): i = wanted['expression'] == k; row[mood] = share_interval(seen['expression'][i] == k)
+    seen = read_scenes(as_tensor(images), scenes)
+    row = {k: share_interval(seen[k] == wanted[k]) for k in wanted}
+    for k, mood in enumerate(drawn.EXPRESSIONS):
+        i = wanted['expression'] == k
+        row[mood] = share_interval(seen['expression'][i] == k)
     if judge: row['found'] = share_interval(~judge(images)[:, 0].isnan())
     return dict(n=n, seconds=(time.time() - start)/n, **row), images
 
 # %% ../../nbs/tiny/adapters.ipynb #bbad2532
 def correlation(a, b):
     "Pearson's r, and the low and high end of its 95% interval (Fisher's z). Rows with a nan are left out."
-    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double(); ok = ~(a.isnan() | b.isnan()); a, b = a[ok], b[ok]
-    r = float(torch.corrcoef(torch.stack([a, b]))[0, 1]); z, half = math.atanh(max(-.999, min(.999, r))), 1.96/math.sqrt(max(len(a) - 3, 1))
+    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    ok = ~(a.isnan() | b.isnan())
+    a, b = a[ok], b[ok]
+    r = float(torch.corrcoef(torch.stack([a, b]))[0, 1])
+    z, half = math.atanh(max(-.999, min(.999, r))), 1.96/math.sqrt(max(len(a) - 3, 1))
     return r, math.tanh(z - half), math.tanh(z + half)
 
 def evaluate_structure(
@@ -416,21 +496,29 @@ def evaluate_structure(
     "Table of likeness and structure over `s_scale`, and pictures {s_scale: list}."
     from tqdm.auto import tqdm
     from faceid_nb.measure import structure_distance
-    references, others = photographs_of(people, seed); faces = [faceid.reader.best(r) for r in references]; known = judge(references)
-    texts, wanted = questions(people*each, seed); texts = [t.replace(f', {m}', '') for t in texts for m in drawn.EXPRESSIONS if f', {m}' in t]
-    rows_of = [f for f in faces for _ in range(each)]; looks = read_scenes(as_tensor(references), scenes); of = torch.arange(people).repeat_interleave(each)
+    references, others = photographs_of(people, seed)
+    faces = [faceid.reader.best(r) for r in references]
+    known = judge(references)
+    texts, wanted = questions(people*each, seed)
+    texts = [t.replace(f', {m}', '') for t in texts for m in drawn.EXPRESSIONS if f', {m}' in t]
+    rows_of = [f for f in faces for _ in range(each)]
+    looks = read_scenes(as_tensor(references), scenes)
+    of = torch.arange(people).repeat_interleave(each)
     table, made = dict(people=people, each=each, seed=seed, settings=generate, rows=[], photographs=_row(likeness(judge(others)[:, None], known), {}, {})), {}
     for s in tqdm(s_scales, disable=not progress, desc='s_scales'):
-        made[s] = faceid.generate(rows_of, texts, num_samples=1, seed=list(range(people*each)), s_scale=s, batch_size=batch_size, **generate); seen = read_scenes(as_tensor(made[s]), scenes)
+        made[s] = faceid.generate(rows_of, texts, num_samples=1, seed=list(range(people*each)), s_scale=s, batch_size=batch_size, **generate)
+        seen = read_scenes(as_tensor(made[s]), scenes)
         away = torch.tensor([structure_distance(f, [i], faceid.reader)[0] for f, i in zip(rows_of, made[s])]).view(people, each)
         row = _row(likeness(judge(made[s]).view(people, each, -1), known), seen, {k: wanted[k] for k in ('shirt', 'background', 'glasses')})
         table['rows'].append(dict(s_scale=s, distance=mean_interval(away), yaw=correlation(seen['yaw'], looks['yaw'][of]), mood=share_interval(seen['expression'] == looks['expression'][of]), **row))
-    strangers = torch.tensor([structure_distance(f, [g.image], faceid.reader)[0] for f, g in zip(faces, faces[1:] + faces[:1])]); table['strangers'] = mean_interval(strangers)
+    strangers = torch.tensor([structure_distance(f, [g.image], faceid.reader)[0] for f, g in zip(faces, faces[1:] + faces[:1])])
+    table['strangers'] = mean_interval(strangers)
     return table, dict(references=references, made=made)
 
 def show_structure(table):
     "The structure table as text."
-    two, three = (lambda v: f'{v[0]:.2f} ±{v[1]:.2f}'), (lambda v: f'{v[0]:.2f} [{v[1]:.2f} {v[2]:.2f}]'); ceiling = table['photographs']['gap'][0]
+    two, three = (lambda v: f'{v[0]:.2f} ±{v[1]:.2f}'), (lambda v: f'{v[0]:.2f} [{v[1]:.2f} {v[2]:.2f}]')
+    ceiling = table['photographs']['gap'][0]
     out = [f"{table['people']} people never seen in training, {table['each']} pictures of each; distance: landmarks after alignment, in distances of the eyes (another person's reference: {two(table['strangers'])})",
            f"{'s_scale':>7} {'genuine':>11} {'gap':>11} {'/ photos':>8} {'rank-1 of 16':>16} {'distance':>11} {'yaw follows':>18} {'mood follows':>16} {'shirt':>16} {'background':>16}"]
     return '\n'.join(out + [f"{r['s_scale']:>7g} {two(r['genuine']):>11} {two(r['gap']):>11} {r['gap'][0]/ceiling:>8.2f} {three(r['rank1']):>16} {two(r['distance']):>11} {three(r['yaw']):>18} {three(r['mood']):>16} {three(r['shirt']):>16} {three(r['background']):>16}" for r in table['rows']])
@@ -444,14 +532,19 @@ def evaluate_photos(
     "Table of likeness over the number of photographs, and pictures {count: list}."
     from tqdm.auto import tqdm
     from faceid_nb.face import mean_face
-    someone = drawn.sample_people(people, seed); last = dict(hat=None, glasses=0)   # the photograph for the judge alone; the others are as people have them
+    # the photograph for the judge alone; the others are as people have them
+    someone = drawn.sample_people(people, seed)
+    last = dict(hat=None, glasses=0)
     shots = [[p.image for p in drawn.render(someone, seed=seed + 10 + k, size=256, **(last if k == max(counts) else {}))] for k in range(max(counts) + 1)]
-    known = F.normalize(judge(shots[-1]), dim=1); shown = [[faceid.reader.best(p) for p in row] for row in shots[:-1]]; texts, wanted = questions(people*each, seed)
+    known = F.normalize(judge(shots[-1]), dim=1)
+    shown = [[faceid.reader.best(p) for p in row] for row in shots[:-1]]
+    texts, wanted = questions(people*each, seed)
     table, made = dict(people=people, each=each, seed=seed, settings=generate, rows=[], photographs=_row(likeness(judge(shots[0])[:, None], known), {}, {})), {}
     for n in tqdm(counts, disable=not progress, desc='photographs'):
         faces = [[shown[k][i] for k in range(n)] for i in range(people)]
         if faceid.adapter.variant != 'portrait': faces = [mean_face(f) for f in faces]
-        made[n] = faceid.generate([f for f in faces for _ in range(each)], texts, num_samples=1, seed=list(range(people*each)), batch_size=batch_size, **generate); scores = likeness(judge(made[n]).view(people, each, -1), known)
+        made[n] = faceid.generate([f for f in faces for _ in range(each)], texts, num_samples=1, seed=list(range(people*each)), batch_size=batch_size, **generate)
+        scores = likeness(judge(made[n]).view(people, each, -1), known)
         table['rows'].append(dict(photos=n, person=[float(v) for v in (scores[0] - scores[1]).nanmean(1)], **_row(scores, read_scenes(as_tensor(made[n]), scenes), wanted)))
     first = torch.tensor(table['rows'][0]['person'])
     for r in table['rows']: r['gain'] = mean_interval(torch.tensor(r['person']) - first)   # person by person: the error bar of the difference
@@ -459,7 +552,8 @@ def evaluate_photos(
 
 def show_photos(table):
     "The table over the number of photographs as text."
-    two, three = (lambda v: f'{v[0]:.2f} ±{v[1]:.2f}'), (lambda v: f'{v[0]:.2f} [{v[1]:.2f} {v[2]:.2f}]'); ceiling = table['photographs']['gap'][0]
+    two, three = (lambda v: f'{v[0]:.2f} ±{v[1]:.2f}'), (lambda v: f'{v[0]:.2f} [{v[1]:.2f} {v[2]:.2f}]')
+    ceiling = table['photographs']['gap'][0]
     out = [f"{table['people']} people never seen in training, {table['each']} pictures of each; gain: gap against the first row's, person by person", f"{'photos':>6} {'genuine':>11} {'gap':>11} {'/ photos':>8} {'gain':>12} {'rank-1 of 16':>16} {'expression':>16}"]
     return '\n'.join(out + [f"{r['photos']:>6} {two(r['genuine']):>11} {two(r['gap']):>11} {r['gap'][0]/ceiling:>8.2f} {two(r['gain']):>12} {three(r['rank1']):>16} {three(r['expression']):>16}" for r in table['rows']])
 
@@ -468,8 +562,10 @@ def show_table(
     table,  # from `evaluate`
 ):
     "The evaluation as text."
-    ceiling = table['photographs']['gap'][0]; two = lambda v: f'{v[0]:.2f} ±{v[1]:.2f}' if len(v) == 2 else f'{v[0]:.2f} [{v[1]:.2f} {v[2]:.2f}]'
-    keys = ('genuine', 'impostor', 'gap', 'rank1', 'found', 'shirt', 'background', 'expression', 'glasses'); width = {k: 11 if k in keys[:3] else 16 for k in keys}
+    ceiling = table['photographs']['gap'][0]
+    two = lambda v: f'{v[0]:.2f} ±{v[1]:.2f}' if len(v) == 2 else f'{v[0]:.2f} [{v[1]:.2f} {v[2]:.2f}]'
+    keys = ('genuine', 'impostor', 'gap', 'rank1', 'found', 'shirt', 'background', 'expression', 'glasses')
+    width = {k: 11 if k in keys[:3] else 16 for k in keys}
     out = [f"{table['people']} people never seen in training, {table['each']} pictures of each; means and 95% intervals; the judge is a recogniser that took no part",
            f"{'scale':>6} " + ' '.join(f"{'rank-1 of 16' if k == 'rank1' else k:>{width[k]}}" for k in keys) + '  gap / photographs']
     for name, row in [('photo', table['photographs'])] + [(f"{r['scale']:g}", r) for r in table['rows']]:
@@ -486,7 +582,10 @@ def sheet(
     tile=64,
 ):
     "Pictures in a grid."
-    w = max(map(len, rows)); top = 16 if heads else 0; out = Image.new('RGB', (w*tile, len(rows)*tile + top), 'white'); pen, font = ImageDraw.Draw(out), ImageFont.load_default(11)
+    w = max(map(len, rows))
+    top = 16 if heads else 0
+    out = Image.new('RGB', (w*tile, len(rows)*tile + top), 'white')
+    pen, font = ImageDraw.Draw(out), ImageFont.load_default(11)
     for i, word in enumerate(heads): pen.text((i*tile + tile//2, 2), str(word), fill='black', font=font, anchor='ma')
     for j, row in enumerate(rows):
         for i, image in enumerate(row): out.paste(image.convert('RGB').resize((tile, tile), Image.Resampling.LANCZOS if image.width > tile else Image.Resampling.NEAREST), (i*tile, j*tile + top))
@@ -500,37 +599,91 @@ def scale_sheet(pictures, each, rows=7, tile=64):
 # %% ../../nbs/tiny/adapters.ipynb #8760d999
 def arguments(argv=None):
     "The command line."
-    a = argparse.ArgumentParser(prog='python -m faceid_nb.tiny.adapters', description='Train and evaluate the adapter of the tiny pack.'); sub = a.add_subparsers(dest='what', required=True)
-    t = sub.add_parser('train', help='the adapter, by the loop of faceid_nb.train'); t.add_argument('--parts', required=True, help='folder with photos.pt, latents.pt, embeds.pt and sd/'); t.add_argument('--out', required=True)
-    t.add_argument('--sd', help='pipeline folder; PARTS/sd by default'); t.add_argument('--init', help='a checkpoint to go on from; of another variant, rank or base: what it knows is carried over'); t.add_argument('--init-sd', help='the pipeline that INIT was trained on, where it is not SD'); t.add_argument('--variant', default='faceid', choices=['faceid', 'plus', 'plusv2', 'portrait']); t.add_argument('--encoder', help='folder of the image encoder, for plus and plusv2'); t.add_argument('--several', type=int, help='portrait: photographs of each person'); t.add_argument('--structure-drop', type=float, default=.3); t.add_argument('--lessons', type=int, default=0, help='plus, plusv2: steps in which the resampler alone is taught first'); t.add_argument('--structure-weight', type=float, default=0., help='plus, plusv2: of the loss that looks at pose and mood alone'); t.add_argument('--high', type=float, default=0., help='share of rows with strong noise'); t.add_argument('--minutes', type=float); t.add_argument('--steps', type=int); t.add_argument('--resume', action='store_true')
+    a = argparse.ArgumentParser(prog='python -m faceid_nb.tiny.adapters', description='Train and evaluate the adapter of the tiny pack.')
+    sub = a.add_subparsers(dest='what', required=True)
+    t = sub.add_parser('train', help='the adapter, by the loop of faceid_nb.train')
+    t.add_argument('--parts', required=True, help='folder with photos.pt, latents.pt, embeds.pt and sd/')
+    t.add_argument('--out', required=True)
+    t.add_argument('--sd', help='pipeline folder; PARTS/sd by default')
+    t.add_argument('--init', help='a checkpoint to go on from; of another variant, rank or base: what it knows is carried over')
+    t.add_argument('--init-sd', help='the pipeline that INIT was trained on, where it is not SD')
+    t.add_argument('--variant', default='faceid', choices=['faceid', 'plus', 'plusv2', 'portrait'])
+    t.add_argument('--encoder', help='folder of the image encoder, for plus and plusv2')
+    t.add_argument('--several', type=int, help='portrait: photographs of each person')
+    t.add_argument('--structure-drop', type=float, default=.3)
+    t.add_argument('--lessons', type=int, default=0, help='plus, plusv2: steps in which the resampler alone is taught first')
+    t.add_argument('--structure-weight', type=float, default=0., help='plus, plusv2: of the loss that looks at pose and mood alone')
+    t.add_argument('--high', type=float, default=0., help='share of rows with strong noise')
+    t.add_argument('--minutes', type=float)
+    t.add_argument('--steps', type=int)
+    t.add_argument('--resume', action='store_true')
     for k, v in SETTINGS.items(): t.add_argument(f"--{k.replace('_', '-')}", type=type(v), default=v)
-    t.add_argument('--num-tokens', type=int, default=4); t.add_argument('--seed', type=int, default=0); t.add_argument('--recogniser', help='rec.pt: adds the identity loss'); t.add_argument('--identity-weight', type=float, default=.1); t.add_argument('--identity-below', type=int, default=300, help='noise steps'); t.add_argument('--identity-rows', type=int, default=8); t.add_argument('--pack', help='folder with models/: likeness of held-out people is measured on the way'); t.add_argument('--gauge-every', type=int, default=200)
-    e = sub.add_parser('evaluate', help='likeness and prompt adherence over scale'); e.add_argument('--model', default='tiny-faceid'); e.add_argument('--people', type=int, default=32); e.add_argument('--each', type=int, default=4)
+    t.add_argument('--num-tokens', type=int, default=4)
+    t.add_argument('--seed', type=int, default=0)
+    t.add_argument('--recogniser', help='rec.pt: adds the identity loss')
+    t.add_argument('--identity-weight', type=float, default=.1)
+    t.add_argument('--identity-below', type=int, default=300, help='noise steps')
+    t.add_argument('--identity-rows', type=int, default=8)
+    t.add_argument('--pack', help='folder with models/: likeness of held-out people is measured on the way')
+    t.add_argument('--gauge-every', type=int, default=200)
+    e = sub.add_parser('evaluate', help='likeness and prompt adherence over scale')
+    e.add_argument('--model', default='tiny-faceid')
+    e.add_argument('--people', type=int, default=32)
+    e.add_argument('--each', type=int, default=4)
     for name, say in (('structure', 'Plus and PlusV2: likeness and structure over s_scale'), ('photos', 'likeness over the number of photographs')):
-        q = sub.add_parser(name, help=say); q.add_argument('--model', default=dict(structure='tiny-plusv2', photos='tiny-faceid')[name]); q.add_argument('--people', type=int, default=32); q.add_argument('--each', type=int, default=2)
-    b = sub.add_parser('base', help='the pipeline alone: are prompts followed?'); b.add_argument('--n', type=int, default=256); b.add_argument('--base', default='sd', choices=['sd', 'sdxl'])
-    r = sub.add_parser('reader', help='the reader of scenes'); r.add_argument('--parts', required=True); r.add_argument('--steps', type=int, default=1500); r.add_argument('--out', required=True)
-    h = sub.add_parser('ship', help='a checkpoint in float16, the structure in the wanted unit'); h.add_argument('--checkpoint', required=True); h.add_argument('--gain', type=float, default=1., help='plusv2: s_scale 1 is to mean what this value meant'); h.add_argument('--out', required=True)
+        q = sub.add_parser(name, help=say)
+        q.add_argument('--model', default=dict(structure='tiny-plusv2', photos='tiny-faceid')[name])
+        q.add_argument('--people', type=int, default=32)
+        q.add_argument('--each', type=int, default=2)
+    b = sub.add_parser('base', help='the pipeline alone: are prompts followed?')
+    b.add_argument('--n', type=int, default=256)
+    b.add_argument('--base', default='sd', choices=['sd', 'sdxl'])
+    r = sub.add_parser('reader', help='the reader of scenes')
+    r.add_argument('--parts', required=True)
+    r.add_argument('--steps', type=int, default=1500)
+    r.add_argument('--out', required=True)
+    h = sub.add_parser('ship', help='a checkpoint in float16, the structure in the wanted unit')
+    h.add_argument('--checkpoint', required=True)
+    h.add_argument('--gain', type=float, default=1., help='plusv2: s_scale 1 is to mean what this value meant')
+    h.add_argument('--out', required=True)
     for p in (e, b, *(sub.choices[k] for k in ('structure', 'photos'))):
-        p.add_argument('--folder', help='a pack in the making; the one that ships by default'); p.add_argument('--guidance', type=float, default=7.5); p.add_argument('--inference-steps', type=int, default=30)
+        p.add_argument('--folder', help='a pack in the making; the one that ships by default')
+        p.add_argument('--guidance', type=float, default=7.5)
+        p.add_argument('--inference-steps', type=int, default=30)
         if p is not b: p.add_argument('--levels', type=lambda t: [float(v) for v in t.split(',')], help='scales, s_scales or numbers of photographs, with commas between; Plus has no s_scale, so one is enough')
-        p.add_argument('--out', help='folder for table and pictures'); p.add_argument('--reader', help="the reader's file; FOLDER/reader.safetensors by default")
+        p.add_argument('--out', help='folder for table and pictures')
+        p.add_argument('--reader', help="the reader's file; FOLDER/reader.safetensors by default")
     return a.parse_args(argv)
 
 def _evaluate(a):
     "The commands `evaluate` and `base`."
     from faceid_nb.face import FaceReader
     from faceid_nb.models import TINY, load, load_pipeline
-    folder = Path(a.folder or TINY); scenes = load_reader(a.reader or folder/'reader.safetensors'); how = dict(num_inference_steps=a.inference_steps, guidance_scale=a.guidance); judge_file = folder/'models'/'judge'/'rec.onnx'
+    folder = Path(a.folder or TINY)
+    scenes = load_reader(a.reader or folder/'reader.safetensors')
+    how = dict(num_inference_steps=a.inference_steps, guidance_scale=a.guidance)
+    judge_file = folder/'models'/'judge'/'rec.onnx'
     if a.what == 'base':
-        judge = Judge(FaceReader('tiny', folder, 'cpu'), judge_file) if judge_file.exists() else None; pipe = load_pipeline(folder/a.base); pipe.set_progress_bar_config(disable=True)
-        table, images = evaluate_base(pipe, scenes, judge, a.n, **how); text, picture = show_base(table), sheet([images[k:k + 16] for k in range(0, min(96, a.n), 16)], tile=32)
+        judge = Judge(FaceReader('tiny', folder, 'cpu'), judge_file) if judge_file.exists() else None
+        pipe = load_pipeline(folder/a.base)
+        pipe.set_progress_bar_config(disable=True)
+        table, images = evaluate_base(pipe, scenes, judge, a.n, **how)
+        text, picture = show_base(table), sheet([images[k:k + 16] for k in range(0, min(96, a.n), 16)], tile=32)
     else:
-        faceid = load(a.model, folder=a.folder); faceid.pipe.set_progress_bar_config(disable=True); run, show = dict(evaluate=(evaluate, show_table), structure=(evaluate_structure, show_structure), photos=(evaluate_photos, show_photos))[a.what]
+        faceid = load(a.model, folder=a.folder)
+        faceid.pipe.set_progress_bar_config(disable=True)
+        run, show = dict(evaluate=(evaluate, show_table), structure=(evaluate_structure, show_structure), photos=(evaluate_photos, show_photos))[a.what]
         more = {} if not a.levels else dict(evaluate=dict(scales=a.levels), structure=dict(s_scales=a.levels), photos=dict(counts=[int(v) for v in a.levels]))[a.what]
-        table, pictures = run(faceid, Judge(faceid.reader, judge_file), scenes, a.people, a.each, progress=True, **more, **how); table['model'] = a.model; text, picture = show(table), scale_sheet(pictures, a.each)
-    print(text, flush=True); name = ('base' if a.base == 'sd' else f'base-{a.base}') if a.what == 'base' else a.model if a.what == 'evaluate' else f'{a.model}-{a.what}'
-    if a.out: out = Path(a.out); out.mkdir(parents=True, exist_ok=True); (out/f'{name}.json').write_text(json.dumps(table, indent=1) + '\n'); picture.quantize(192).save(out/f'{name}.png', optimize=True)
+        table, pictures = run(faceid, Judge(faceid.reader, judge_file), scenes, a.people, a.each, progress=True, **more, **how)
+        table['model'] = a.model
+        text, picture = show(table), scale_sheet(pictures, a.each)
+    print(text, flush=True)
+    name = ('base' if a.base == 'sd' else f'base-{a.base}') if a.what == 'base' else a.model if a.what == 'evaluate' else f'{a.model}-{a.what}'
+    if a.out:
+        out = Path(a.out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out/f'{name}.json').write_text(json.dumps(table, indent=1) + '\n')
+        picture.quantize(192).save(out/f'{name}.png', optimize=True)
 
 def main(argv=None):
     "`python -m faceid_nb.tiny.adapters train | ship | evaluate | structure | photos | base | reader`"
@@ -539,13 +692,17 @@ def main(argv=None):
         if a.what in ('evaluate', 'base', 'structure', 'photos'): _evaluate(a)
         elif a.what == 'ship': print(ship(a.checkpoint, a.out, a.gain))
         elif a.what == 'reader':
-            photos = _load(a.parts, 'photos.pt', 'python -m faceid_nb.tiny.base --part photos --out DIR'); Path(a.out).mkdir(parents=True, exist_ok=True)
+            photos = _load(a.parts, 'photos.pt', 'python -m faceid_nb.tiny.base --part photos --out DIR')
+            Path(a.out).mkdir(parents=True, exist_ok=True)
             for f in train_reader(photos, a.steps): print(line(f), flush=True)
             save_reader(f['reader'], Path(a.out)/'reader.safetensors')
         else:
-            Path(a.out).mkdir(parents=True, exist_ok=True); settings = {k: getattr(a, k) for k in (*SETTINGS, 'minutes', 'steps', 'resume', 'num_tokens', 'structure_drop', 'seed', 'identity_weight', 'identity_below', 'identity_rows', 'gauge_every', 'structure_weight', 'high')}
+            Path(a.out).mkdir(parents=True, exist_ok=True)
+            settings = {k: getattr(a, k) for k in (*SETTINGS, 'minutes', 'steps', 'resume', 'num_tokens', 'structure_drop', 'seed', 'identity_weight', 'identity_below', 'identity_rows', 'gauge_every', 'structure_weight', 'high')}
             for f in train_tiny(a.parts, a.out, a.sd, a.recogniser, a.pack, a.init, a.variant, a.encoder, a.several, a.init_sd, a.lessons, **settings): print(line(f), flush=True)
-    except FaceIDError as e: print(f'{type(e).__name__}: {e}', file=sys.stderr); return e.exit_code
+    except FaceIDError as e:
+        print(f'{type(e).__name__}: {e}', file=sys.stderr)
+        return e.exit_code
     return 0
 
 # %% ../../nbs/tiny/adapters.ipynb #d3a9b646

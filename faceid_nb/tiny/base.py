@@ -31,26 +31,37 @@ def fit(
     log_every=100,
 ):
     "Train `model` with AdamW and a cosine schedule; yields figures, leaves the averaged weights in `model`."
-    params = [p for p in model.parameters() if p.requires_grad]; mean = [p.detach().clone() for p in params]
+    params = [p for p in model.parameters() if p.requires_grad]
+    mean = [p.detach().clone() for p in params]
     opt = torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
     step, spent, shown = 0, 0., {}
     if resume and Path(checkpoint).exists():
-        old = torch.load(checkpoint, weights_only=True); step, spent, mean = old['step'], old['spent'], old['mean']
-        model.load_state_dict(old['model']); opt.load_state_dict(old['opt'])
+        old = torch.load(checkpoint, weights_only=True)
+        step, spent, mean = old['step'], old['spent'], old['mean']
+        model.load_state_dict(old['model'])
+        opt.load_state_dict(old['opt'])
         torch.manual_seed(old['seed'] + step)
-    seed = torch.initial_seed() % 2**31; start = saved = time.time() - spent
+    seed = torch.initial_seed() % 2**31
+    start = saved = time.time() - spent
     done = lambda: max(step/steps if steps else 0., (time.time() - start)/(60*minutes) if minutes else 0.)
     def save():
         state = dict(step=step, spent=time.time() - start, mean=mean, model=model.state_dict(), opt=opt.state_dict(), seed=seed)
-        torch.save(state, f'{checkpoint}.part'); os.replace(f'{checkpoint}.part', checkpoint)
+        torch.save(state, f'{checkpoint}.part')
+        os.replace(f'{checkpoint}.part', checkpoint)
     while (f := done()) < 1:
         for group in opt.param_groups: group['lr'] = lr*min(1, (step + 1)/warmup)*(.01 + .99*.5*(1 + math.cos(math.pi*f)))
-        l, figures = loss(step); opt.zero_grad(set_to_none=True); l.backward()
-        nn.utils.clip_grad_norm_(params, 1.); opt.step(); step += 1
+        l, figures = loss(step)
+        opt.zero_grad(set_to_none=True)
+        l.backward()
+        nn.utils.clip_grad_norm_(params, 1.)
+        opt.step()
+        step += 1
         with torch.no_grad(): torch._foreach_lerp_(mean, params, 1 - min(ema, (1 + step)/(10 + step)))
         for k, v in dict(loss=float(l.detach()), **figures).items(): shown[k] = v if k not in shown else .98*shown[k] + .02*v
         if step % log_every == 0: yield dict(step=step, minutes=(time.time() - start)/60, **shown)
-        if checkpoint and time.time() - saved > every: save(); saved = time.time()
+        if checkpoint and time.time() - saved > every:
+            save()
+            saved = time.time()
     if checkpoint: save()
     with torch.no_grad():
         for p, q in zip(params, mean): p.copy_(q)
@@ -63,7 +74,9 @@ def patch_components(
     k=LATENTS,
 ):
     "Principal components of 4 x 4 patches: mean (48,), components (k,48), standard deviations (48,) in falling order."
-    patches = F.pixel_unshuffle(images, 4).permute(0, 2, 3, 1).reshape(-1, 48); mean = patches.mean(0); patches = patches - mean
+    patches = F.pixel_unshuffle(images, 4).permute(0, 2, 3, 1).reshape(-1, 48)
+    mean = patches.mean(0)
+    patches = patches - mean
     values, vectors = torch.linalg.eigh(patches.T @ patches/len(patches))
     return mean, vectors.flip(1)[:, :k].T.contiguous(), values.flip(0).clamp(min=0).sqrt()
 
@@ -84,11 +97,16 @@ def start_from_components(
     logvar=-5.5,  # log variance of the latents' noise, about 0.06 of their spread
 ):
     "Set the encoder to the principal components of 4 x 4 patches, residual branches of both halves to zero."
-    e, k = vae.encoder, vae.config.latent_channels; mean, components, sd = patch_components(images, k)
+    e, k = vae.encoder, vae.config.latent_channels
+    mean, components, sd = patch_components(images, k)
     for name, m in vae.named_modules():
-        if name.endswith('conv2'): nn.init.zeros_(m.weight); nn.init.zeros_(m.bias)
+        if name.endswith('conv2'):
+            nn.init.zeros_(m.weight)
+            nn.init.zeros_(m.bias)
     def linear(conv):  # forget what a convolution does, return its weights to be set
-        nn.init.zeros_(conv.weight); nn.init.zeros_(conv.bias); return conv.weight
+        nn.init.zeros_(conv.weight)
+        nn.init.zeros_(conv.bias)
+        return conv.weight
     w = linear(e.conv_in)
     for i in range(3): w[i, i, 1, 1] = 1
     for block, n in ((0, 3), (1, 12)):  # a 2 x 2 neighbourhood becomes channels, as in `pixel_unshuffle`
@@ -96,24 +114,37 @@ def start_from_components(
         for i in range(n):
             for dy in (0, 1):
                 for dx in (0, 1): w[4*i + 2*dy + dx, i, dy, dx] = 1
-        short = linear(e.down_blocks[block + 1].resnets[0].conv_shortcut); m = min(short.shape[0], 4*n)
+        short = linear(e.down_blocks[block + 1].resnets[0].conv_shortcut)
+        m = min(short.shape[0], 4*n)
         for i in range(4*n): short[i, i, 0, 0] = 1
     # unshuffling twice by 2 orders a patch otherwise than once by 4: find the order by asking for it
     order = F.pixel_unshuffle(F.pixel_unshuffle(torch.arange(16.).view(1, 1, 4, 4), 2), 2).flatten().long()
     inverse = torch.cat([16*c + order for c in range(3)])
-    groups, width = e.conv_norm_out.num_groups, e.conv_norm_out.num_channels; per = width//groups; pairs = 6  # 6 channels as +x and -x in each group
-    short = e.down_blocks[2].resnets[0].conv_shortcut; linear(short); norm = e.conv_norm_out; out = linear(e.conv_out); C = 4.
+    # 6 channels as +x and -x in each group
+    groups, width = e.conv_norm_out.num_groups, e.conv_norm_out.num_channels
+    per = width//groups
+    pairs = 6
+    short = e.down_blocks[2].resnets[0].conv_shortcut
+    linear(short)
+    norm = e.conv_norm_out
+    out = linear(e.conv_out)
+    C = 4.
     used = (components.abs()*sd[:k, None])
     for i in range(48):
-        g, j = divmod(i, pairs); at = g*per + 2*j
+        g, j = divmod(i, pairs)
+        at = g*per + 2*j
         short.weight[at, i, 0, 0], short.weight[at + 1, i, 0, 0] = 1, -1
         short.bias[at], short.bias[at + 1] = -mean[inverse[i]], mean[inverse[i]]
     spare = torch.tensor([g*per + 2*pairs + j for g in range(groups) for j in range(per - 2*pairs)])
     short.bias[spare[::2]], short.bias[spare[1::2]] = C, -C       # constants that hold the group's variance still
-    spread = float(sd.pow(2).sum()/48); norm.weight.fill_((( (per - 2*pairs)*C**2 + 2*pairs*spread)/per)**.5); norm.bias.zero_()
+    spread = float(sd.pow(2).sum()/48)
+    norm.weight.fill_((( (per - 2*pairs)*C**2 + 2*pairs*spread)/per)**.5)
+    norm.bias.zero_()
     whiten = sd[:k].sqrt()
     for i in range(48):
-        g, j = divmod(i, pairs); at = g*per + 2*j; column = components[:, inverse[i]]/whiten
+        g, j = divmod(i, pairs)
+        at = g*per + 2*j
+        column = components[:, inverse[i]]/whiten
         out[:k, at, 1, 1], out[:k, at + 1, 1, 1] = column, -column
     e.conv_out.bias[k:] = logvar
     for q in (vae.quant_conv, vae.post_quant_conv): linear(q)[range(len(q.bias)), range(len(q.bias)), 0, 0] = 1
@@ -122,7 +153,8 @@ def start_from_components(
 # %% ../../nbs/tiny/base.ipynb #252d57f2
 def picture_loss(y, x, w):
     "Weighted error of pixels and of their differences."
-    d = y - x; dx, dy = d[..., 1:] - d[..., :-1], d[..., 1:, :] - d[..., :-1, :]
+    d = y - x
+    dx, dy = d[..., 1:] - d[..., :-1], d[..., 1:, :] - d[..., :-1, :]
     return (d.abs()*w).mean() + (d.pow(2)*w).mean() + .5*((dx.abs()*w[..., 1:]).mean() + (dy.abs()*w[..., 1:, :]).mean())
 
 # %% ../../nbs/tiny/base.ipynb #ad2032ea
@@ -132,15 +164,21 @@ def train_autoencoder(
     minutes=10, batch=16, lr=1.5e-3, device='cpu', seed=0, **fit_arguments,
 ):
     "Generator of figures; writes an AutoencoderKL whose latents have mean 0 and deviation 1."
-    torch.manual_seed(seed); images, boxes = photos['images'], photos['boxes']
+    torch.manual_seed(seed)
+    images, boxes = photos['images'], photos['boxes']
     vae = start_from_components(new_autoencoder(), images[::max(1, len(images)//1500)].float()/127.5 - 1).to(device, memory_format=torch.channels_last)
     def loss(step):
-        j = torch.randint(0, len(images), (batch,)); x = (images[j].to(device).float()/127.5 - 1).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device, torch.bfloat16, has_bf16(device)): q = vae.encode(x).latent_dist; y = vae.decode(q.sample()).sample
-        y = y.float(); kl = (q.mean.float()**2 + q.logvar.float().exp() - 1 - q.logvar.float()).mean()/2
+        j = torch.randint(0, len(images), (batch,))
+        x = (images[j].to(device).float()/127.5 - 1).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device, torch.bfloat16, has_bf16(device)):
+            q = vae.encode(x).latent_dist
+            y = vae.decode(q.sample()).sample
+        y = y.float()
+        kl = (q.mean.float()**2 + q.logvar.float().exp() - 1 - q.logvar.float()).mean()/2
         return picture_loss(y, x, face_map(boxes[j].to(device)/64, 64, 64, 3.)) + 2e-4*kl, dict(psnr=psnr(y.detach()/2 + .5, x/2 + .5), kl=float(kl.detach()))
     yield from fit(vae, loss, minutes=minutes, lr=lr, ema=.998, weight_decay=1e-4, checkpoint=Path(out)/'vae.ckpt', **fit_arguments)
-    normalise_latents(vae, images[::max(1, len(images)//2000)]); vae.save_pretrained(Path(out)/'vae')
+    normalise_latents(vae, images[::max(1, len(images)//2000)])
+    vae.save_pretrained(Path(out)/'vae')
 
 @torch.no_grad()
 def normalise_latents(
@@ -148,11 +186,16 @@ def normalise_latents(
     images,  # (N,3,64,64) uint8
 ):
     "Fold mean and deviation of each latent channel into the quant convolutions, so that latents are standard."
-    k = vae.config.latent_channels; p = next(vae.parameters())
-    z = torch.cat([vae.encode(i.to(p.device).float()/127.5 - 1).latent_dist.mean for i in images.split(250)]); mean, sd = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    k = vae.config.latent_channels
+    p = next(vae.parameters())
+    z = torch.cat([vae.encode(i.to(p.device).float()/127.5 - 1).latent_dist.mean for i in images.split(250)])
+    mean, sd = z.mean((0, 2, 3)), z.std((0, 2, 3))
     q, back = vae.quant_conv, vae.post_quant_conv
-    back.bias.add_(back.weight[:, :, 0, 0] @ mean); back.weight.mul_(sd.view(1, -1, 1, 1))
-    q.weight[:k].div_(sd.view(-1, 1, 1, 1)); q.bias[:k].sub_(mean).div_(sd); q.bias[k:].sub_(2*sd.log())
+    back.bias.add_(back.weight[:, :, 0, 0] @ mean)
+    back.weight.mul_(sd.view(1, -1, 1, 1))
+    q.weight[:k].div_(sd.view(-1, 1, 1, 1))
+    q.bias[:k].sub_(mean).div_(sd)
+    q.bias[k:].sub_(2*sd.log())
     vae.register_to_config(scaling_factor=1.)
 
 # %% ../../nbs/tiny/base.ipynb #c6bbab60
@@ -165,15 +208,20 @@ def new_tokenizer(
     "A CLIPTokenizer that knows `words` whole and every other text by its bytes."
     from transformers import CLIPTokenizer
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that show as themselves; the others move up to 256 and on
-    rest = [b for b in range(256) if b not in plain]; table = [chr(b) for b in plain] + [chr(256 + i) for i in range(len(rest))]
+    rest = [b for b in range(256) if b not in plain]
+    table = [chr(b) for b in plain] + [chr(256 + i) for i in range(len(rest))]
     vocabulary, merges = table + [c + '</w>' for c in table], []
     parts = {w: [*w[:-1], w[-1] + '</w>'] for w in words or drawn.vocabulary()}
     while pairs := collections.Counter(p for seq in parts.values() for p in zip(seq, seq[1:])):  # byte pair encoding, to the end
-        a, b = max(pairs, key=lambda p: (pairs[p], p)); merges.append((a, b)); vocabulary.append(a + b)
+        a, b = max(pairs, key=lambda p: (pairs[p], p))
+        merges.append((a, b))
+        vocabulary.append(a + b)
         for w, seq in parts.items():
             merged = []
             while seq:
-                n = 2 if seq[:2] == [a, b] else 1; merged.append(''.join(seq[:n])); seq = seq[n:]
+                n = 2 if seq[:2] == [a, b] else 1
+                merged.append(''.join(seq[:n]))
+                seq = seq[n:]
             parts[w] = merged
     vocabulary = [*dict.fromkeys(vocabulary), '<|startoftext|>', '<|endoftext|>']
     return CLIPTokenizer(vocab={t: i for i, t in enumerate(vocabulary)}, merges=merges, model_max_length=length)
@@ -214,7 +262,8 @@ def prepare(
     seed=0,
 ):
     "What diffusion trains on: latents (N,8,16,16) float16, caption ids (captions_each,N,48), boxes, person index."
-    rng = random.Random(seed); rows = drawn.take(photos['identities'], photos['person'])
+    rng = random.Random(seed)
+    rows = drawn.take(photos['identities'], photos['person'])
     ids = torch.stack([caption_ids(tokenizer, drawn.captions(rows, photos['scenes'], rng)).short() for _ in range(captions_each)])
     return dict(latents=encode_all(vae, photos['images']), ids=ids, boxes=photos['boxes'], person=photos['person'])
 
@@ -232,19 +281,28 @@ def train_diffusion(
     from diffusers.models.attention_processor import AttnProcessor
     from transformers import CLIPTextModel
     load = lambda cls, part: cls.from_pretrained(Path(init)/part, torch_dtype=torch.float32).train()
-    torch.manual_seed(seed); parts = nn.ModuleDict(dict(unet=load(UNet2DConditionModel, 'unet') if init else new_unet(), text=load(CLIPTextModel, 'text_encoder') if init else new_text_encoder(tokenizer)))
-    unet, text = parts.to(device).values(); unet.to(memory_format=torch.channels_last); alpha_bar = card_scheduler().alphas_cumprod.to(device)
+    torch.manual_seed(seed)
+    parts = nn.ModuleDict(dict(unet=load(UNet2DConditionModel, 'unet') if init else new_unet(), text=load(CLIPTextModel, 'text_encoder') if init else new_text_encoder(tokenizer)))
+    unet, text = parts.to(device).values()
+    unet.to(memory_format=torch.channels_last)
+    alpha_bar = card_scheduler().alphas_cumprod.to(device)
     if device == 'cpu': unet.set_attn_processor(AttnProcessor())  # plain attention: its backward is faster there than the fused one's
-    empty = caption_ids(tokenizer, [''])[0]; n = len(data['latents']); run = torch.compile(unet, dynamic=False) if compiled else unet
+    empty = caption_ids(tokenizer, [''])[0]
+    n = len(data['latents'])
+    run = torch.compile(unet, dynamic=False) if compiled else unet
     def loss(step):
-        j = torch.randint(0, n, (batch,)); z = data['latents'][j].to(device).float()
-        ids = data['ids'][torch.randint(0, len(data['ids']), (batch,)), j].long(); ids = torch.where(torch.rand(batch, 1) < .1, empty, ids).to(device)
-        x, t, noise = add_noise(z, alpha_bar, torch.default_generator); target, weight = target_and_weight(x, noise, t, alpha_bar)
+        j = torch.randint(0, n, (batch,))
+        z = data['latents'][j].to(device).float()
+        ids = data['ids'][torch.randint(0, len(data['ids']), (batch,)), j].long()
+        ids = torch.where(torch.rand(batch, 1) < .1, empty, ids).to(device)
+        x, t, noise = add_noise(z, alpha_bar, torch.default_generator)
+        target, weight = target_and_weight(x, noise, t, alpha_bar)
         with torch.autocast(device, torch.bfloat16, has_bf16(device)):
             predicted = run(x.contiguous(memory_format=torch.channels_last), t, text(ids).last_hidden_state).sample
         return weighted_error(predicted, target, weight, face_map(data['boxes'][j].to(device)/64, *z.shape[-2:], face)), {}
     yield from fit(parts, loss, minutes=minutes, lr=lr, checkpoint=Path(out)/'diffusion.ckpt', **fit_arguments)
-    unet.save_pretrained(Path(out)/'unet'); text.save_pretrained(Path(out)/'text_encoder')
+    unet.save_pretrained(Path(out)/'unet')
+    text.save_pretrained(Path(out)/'text_encoder')
 
 # %% ../../nbs/tiny/base.ipynb #4648f3cd
 def finish_folder(out):
@@ -254,7 +312,9 @@ def finish_folder(out):
         (folder/'vocab.json').write_text(json.dumps(bpe['vocab'], ensure_ascii=False))
         (folder/'merges.txt').write_text('\n'.join(['#version: 0.2', *(m if isinstance(m, str) else ' '.join(m) for m in bpe['merges'])]) + '\n')
     for file in Path(out).glob('*/config.json'):    # diffusers notes where a part was loaded from; nobody else has that folder
-        config = json.loads(file.read_text()); config.pop('_name_or_path', None); file.write_text(json.dumps(config, indent=2) + '\n')
+        config = json.loads(file.read_text())
+        config.pop('_name_or_path', None)
+        file.write_text(json.dumps(config, indent=2) + '\n')
 
 def save_pipeline(
     parts,  # folder with `vae`, `unet`, `text_encoder`
@@ -264,7 +324,8 @@ def save_pipeline(
     "Put the parts together as a StableDiffusionPipeline folder."
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel
-    parts = Path(parts); load = lambda cls, name: cls.from_pretrained(parts/name)
+    parts = Path(parts)
+    load = lambda cls, name: cls.from_pretrained(parts/name)
     pipe = StableDiffusionPipeline(vae=load(AutoencoderKL, 'vae'), unet=load(UNet2DConditionModel, 'unet'), text_encoder=load(CLIPTextModel, 'text_encoder'),
         tokenizer=new_tokenizer(), scheduler=card_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.to(dtype).save_pretrained(out, safe_serialization=True)
@@ -278,10 +339,14 @@ def ship_unet(
 ):
     "Store the UNet's matrices in eight bits and in one file; vectors (norms, biases) stay as they are. Returns the file."
     from safetensors.torch import load_file, save_file
-    folder = Path(folder); folder = folder/'unet' if (folder/'unet').is_dir() else folder; old = sorted(folder.glob('*.safetensors'))
+    folder = Path(folder)
+    folder = folder/'unet' if (folder/'unet').is_dir() else folder
+    old = sorted(folder.glob('*.safetensors'))
     if not old: raise WeightsMissingError(f'There is no UNet in {folder.name}', 'no .safetensors file', 'Give the folder that save_pretrained wrote')
     weights = {k: v.to(dtype) if v.ndim > 1 else v for f in old for k, v in load_file(f).items()}
-    part, path = folder/'unet.part', folder/'diffusion_pytorch_model.safetensors'; save_file(weights, part, {'format': 'pt'}); part.chmod(0o644)
+    part, path = folder/'unet.part', folder/'diffusion_pytorch_model.safetensors'
+    save_file(weights, part, {'format': 'pt'})
+    part.chmod(0o644)
     for f in [*old, *folder.glob('*.index.json')]: f.unlink()
     return part.replace(path)
 
@@ -295,7 +360,8 @@ def sample(
     "Pictures (N,3,64,64) in 0..1 for a list of prompts; row i has seed `seed + i`."
     out = []
     for k in range(0, len(prompts), batch):
-        chunk = list(prompts[k:k + batch]); g = [torch.Generator().manual_seed(seed + k + i) for i in range(len(chunk))]
+        chunk = list(prompts[k:k + batch])
+        g = [torch.Generator().manual_seed(seed + k + i) for i in range(len(chunk))]
         out.append(torch.from_numpy(pipe(chunk, num_inference_steps=steps, guidance_scale=guidance_scale, generator=g, output_type='np').images).permute(0, 3, 1, 2))
     return torch.cat(out)
 
@@ -303,14 +369,31 @@ def sample(
 def main(argv=None):
     "`python -m faceid_nb.tiny.base --part photos|vae|diffusion|pipeline|ship --out DIR`: make the parts one after the other; `ship` halves the UNet of the pipeline in DIR."
     a = argparse.ArgumentParser(prog='python -m faceid_nb.tiny.base', description=main.__doc__)
-    a.add_argument('--part', required=True, choices=['photos', 'vae', 'diffusion', 'pipeline', 'ship']); a.add_argument('--out', required=True, type=Path)
-    a.add_argument('--people', type=int, default=24000); a.add_argument('--each', type=int, default=4); a.add_argument('--minutes', type=float)
-    a.add_argument('--steps', type=int); a.add_argument('--batch', type=int); a.add_argument('--lr', type=float); a.add_argument('--seed', type=int, default=0)
-    a.add_argument('--init', type=Path, help='diffusion: folder of a pipeline to go on from'); a.add_argument('--compiled', action='store_true', help='diffusion: compile the UNet'); a.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu'); a.add_argument('--resume', action='store_true')
-    a = a.parse_args(argv); a.out.mkdir(parents=True, exist_ok=True); photos = a.out/'photos.pt'
-    if a.part == 'photos': torch.save(drawn.photographs(a.people, a.each, a.seed, batch=4*a.each), photos); return
-    if a.part == 'pipeline': save_pipeline(a.out, a.out/'sd'); return
-    if a.part == 'ship': ship_unet(a.out); return
+    a.add_argument('--part', required=True, choices=['photos', 'vae', 'diffusion', 'pipeline', 'ship'])
+    a.add_argument('--out', required=True, type=Path)
+    a.add_argument('--people', type=int, default=24000)
+    a.add_argument('--each', type=int, default=4)
+    a.add_argument('--minutes', type=float)
+    a.add_argument('--steps', type=int)
+    a.add_argument('--batch', type=int)
+    a.add_argument('--lr', type=float)
+    a.add_argument('--seed', type=int, default=0)
+    a.add_argument('--init', type=Path, help='diffusion: folder of a pipeline to go on from')
+    a.add_argument('--compiled', action='store_true', help='diffusion: compile the UNet')
+    a.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    a.add_argument('--resume', action='store_true')
+    a = a.parse_args(argv)
+    a.out.mkdir(parents=True, exist_ok=True)
+    photos = a.out/'photos.pt'
+    if a.part == 'photos':
+        torch.save(drawn.photographs(a.people, a.each, a.seed, batch=4*a.each), photos)
+        return
+    if a.part == 'pipeline':
+        save_pipeline(a.out, a.out/'sd')
+        return
+    if a.part == 'ship':
+        ship_unet(a.out)
+        return
     given = {k: v for k, v in dict(minutes=a.minutes, steps=a.steps, batch=a.batch, lr=a.lr).items() if v}
     common = dict(device=a.device, seed=a.seed, resume=a.resume, **given)
     if a.steps and not a.minutes: common['minutes'] = None

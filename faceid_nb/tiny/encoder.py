@@ -31,8 +31,10 @@ def aligned_points(
     size=112,
 ):
     "Where points of a picture lie in its aligned crop, in pixels of the crop: (B,5,2)"
-    goal = torch.tensor(ARCFACE_TEMPLATE, dtype=torch.float32)*(size/112); z = lambda v: torch.complex(v[..., 0].double(), v[..., 1].double())
-    a, b, x = z(landmarks), z(goal)[None], z(points); centre, middle = a.mean(1, keepdim=True), b.mean()
+    goal = torch.tensor(ARCFACE_TEMPLATE, dtype=torch.float32)*(size/112)
+    z = lambda v: torch.complex(v[..., 0].double(), v[..., 1].double())
+    a, b, x = z(landmarks), z(goal)[None], z(points)
+    centre, middle = a.mean(1, keepdim=True), b.mean()
     turn = ((b - middle)*(a - centre).conj()).sum(1, keepdim=True)/(a - centre).abs().square().sum(1, keepdim=True)   # least squares, as a complex number
     return torch.view_as_real(turn*(x - centre) + middle).float()
 
@@ -48,19 +50,26 @@ def answers(
 # %% ../../nbs/tiny/encoder.ipynb #1c406fa6
 def encoder_batch(photos, numbers, n, g, sharp=0):
     "Crops (n,3,112,112) in 0..1 and their answers; `sharp` of them drawn afresh at 160 pixels."
-    i = torch.randint(0, len(photos['person']), (n,), generator=g); k = n - sharp; person = photos['person'][i]
+    i = torch.randint(0, len(photos['person']), (n,), generator=g)
+    k = n - sharp
+    person = photos['person'][i]
     images, marks, scenes = photos['images'][i[:k]].float()/255, photos['landmarks'][i], drawn.take(photos['scenes'], i)
-    wobble = .4*torch.randn(marks.shape, generator=g); crops = align_crops(images, marks[:k] + wobble[:k])
-    rough = torch.rand(k, 1, 1, 1, generator=g) < .5; crops = torch.where(rough, roughen(crops, g), crops)
+    wobble = .4*torch.randn(marks.shape, generator=g)
+    crops = align_crops(images, marks[:k] + wobble[:k])
+    rough = torch.rand(k, 1, 1, 1, generator=g) < .5
+    crops = torch.where(rough, roughen(crops, g), crops)
     if sharp:
-        images, big, _ = drawn.draw(drawn.take(photos['identities'], person[k:]), drawn.take(scenes, slice(k, n)), 160); crops = torch.cat([crops, align_crops(images, big + wobble[k:]*2.5)])
+        images, big, _ = drawn.draw(drawn.take(photos['identities'], person[k:]), drawn.take(scenes, slice(k, n)), 160)
+        crops = torch.cat([crops, align_crops(images, big + wobble[k:]*2.5)])
     return crops.clamp(0, 1), *answers(scenes, numbers[person], aligned_points(marks, marks + wobble))
 
 # %% ../../nbs/tiny/encoder.ipynb #3839dbca
 class Reading(nn.Module):
     "Encoder and the linear layer that reads the answers from its second-to-last states."
     def __init__(self, vision, answers):
-        super().__init__(); self.vision, self.head = StructureEncoder(vision), nn.Linear(2*vision.config.hidden_size, answers + 4); self.encoder = vision.requires_grad_(True)
+        super().__init__()
+        self.vision, self.head = StructureEncoder(vision), nn.Linear(2*vision.config.hidden_size, answers + 4)
+        self.encoder = vision.requires_grad_(True)
     def forward(self, crops):  # (B,3,s,s) in 0..1
         "numbers (B,n), mood (B,4) as logits"
         states = self.encoder(self.vision.normalised(255*crops), output_hidden_states=True).hidden_states[-2]     # (B, L, width)
@@ -73,14 +82,18 @@ def train_encoder(
     minutes=10, batch=96, sharp=12, lr=1e-3, device='cpu', seed=0, **fit_arguments,
 ):
     "Generator of figures; the last holds the trained `reading`."
-    torch.manual_seed(seed); numbers, _ = known_numbers(photos['identities']); model = Reading(new_encoder(), 14 + numbers.shape[1]).to(device)
+    torch.manual_seed(seed)
+    numbers, _ = known_numbers(photos['identities'])
+    model = Reading(new_encoder(), 14 + numbers.shape[1]).to(device)
     importance = torch.tensor([4., 2.] + [1.]*12, device=device)   # yaw and pitch move few pixels and are what the structure is for
     def loss(step):
         crops, wanted, mood = (t.to(device) for t in encoder_batch(photos, numbers, batch, torch.Generator().manual_seed(seed*1_000_003 + step), sharp))
         with torch.autocast(device, torch.bfloat16, has_bf16(device)): told, moods = model(crops)
         return (importance*F.smooth_l1_loss(told[:, :14], wanted[:, :14], reduction='none')).mean() + .5*F.smooth_l1_loss(told[:, 14:], wanted[:, 14:]) + .3*F.cross_entropy(moods, mood), dict(mood=float((moods.argmax(1) == mood).float().mean()))
     yield from fit(model, loss, minutes=minutes, lr=lr, ema=.998, checkpoint=Path(out)/'encoder.ckpt', **fit_arguments)
-    model.eval(); model.encoder.save_pretrained(Path(out)/'image_encoder'); yield dict(reading=model)
+    model.eval()
+    model.encoder.save_pretrained(Path(out)/'image_encoder')
+    yield dict(reading=model)
 
 @torch.no_grad()
 def read_check(
@@ -89,18 +102,26 @@ def read_check(
     size=64,
 ):
     "How well strangers are read: share of moods, correlation of yaw, and of the person's numbers on average."
-    photos = drawn.photographs(n, 1, seed=seed - drawn.TRAINING_SEEDS, size=size, batch=n if n < 100 else 100, compiled=False, progress=False); numbers, _ = known_numbers(photos['identities'])
+    photos = drawn.photographs(n, 1, seed=seed - drawn.TRAINING_SEEDS, size=size, batch=n if n < 100 else 100, compiled=False, progress=False)
+    numbers, _ = known_numbers(photos['identities'])
     told, moods = (torch.cat(x) for x in zip(*(reading(align_crops(i.float()/255, m)) for i, m in zip(photos['images'].split(100), photos['landmarks'].split(100)))))
-    wanted, mood = answers(photos['scenes'], numbers, aligned_points(photos['landmarks'], photos['landmarks'])); r = [float(torch.corrcoef(torch.stack([a, b]))[0, 1]) for a, b in zip(told.T, wanted.T)]
+    wanted, mood = answers(photos['scenes'], numbers, aligned_points(photos['landmarks'], photos['landmarks']))
+    r = [float(torch.corrcoef(torch.stack([a, b]))[0, 1]) for a, b in zip(told.T, wanted.T)]
     return dict(mood=float((moods.argmax(1) == mood).float().mean()), yaw=r[0], pitch=r[1], points=sum(r[4:14])/10, person=sum(r[14:])/len(r[14:]))
 
 # %% ../../nbs/tiny/encoder.ipynb #9308316b
 def main(argv=None):
     "`python -m faceid_nb.tiny.encoder --photos DIR/photos.pt --out DIR`"
     a = argparse.ArgumentParser(prog='python -m faceid_nb.tiny.encoder', description='Train the image encoder of the tiny pack.')
-    a.add_argument('--photos', required=True, type=Path, help='from `python -m faceid_nb.tiny.base --part photos`'); a.add_argument('--out', required=True, type=Path); a.add_argument('--minutes', type=float, default=10)
-    a.add_argument('--resume', action='store_true'); a.add_argument('--seed', type=int, default=0); a.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu'); a = a.parse_args(argv)
-    a.out.mkdir(parents=True, exist_ok=True); photos = torch.load(a.photos, weights_only=True, mmap=True)
+    a.add_argument('--photos', required=True, type=Path, help='from `python -m faceid_nb.tiny.base --part photos`')
+    a.add_argument('--out', required=True, type=Path)
+    a.add_argument('--minutes', type=float, default=10)
+    a.add_argument('--resume', action='store_true')
+    a.add_argument('--seed', type=int, default=0)
+    a.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    a = a.parse_args(argv)
+    a.out.mkdir(parents=True, exist_ok=True)
+    photos = torch.load(a.photos, weights_only=True, mmap=True)
     for f in train_encoder(photos, a.out, a.minutes, device=a.device, seed=a.seed, resume=a.resume):
         if 'reading' not in f: print(' '.join(f'{k} {v:.4g}' for k, v in f.items()), flush=True)
     for size in (64, 160): print(f'strangers at {size} pixels', {k: round(v, 3) for k, v in read_check(f['reading'].cpu(), size=size).items()})

@@ -50,7 +50,10 @@ def sample_identities(
     p = {k: mean + sd*_normal(n, g) for k, (mean, sd) in GEOMETRY.items()}
     r = lambda: torch.rand(n, generator=g)
     p['male'] = m = (r() < .5).float()
-    tone = r()*(len(SKINS) - 1.001); i = tone.long(); f = (tone - i)[:, None]; skins = torch.tensor(list(SKINS.values()))
+    tone = r()*(len(SKINS) - 1.001)
+    i = tone.long()
+    f = (tone - i)[:, None]
+    skins = torch.tensor(list(SKINS.values()))
     p['tone'], p['skin'] = tone, (skins[i]*(1 - f) + skins[i + 1]*f + .012*_normal(n, g, 3)).clamp(0, 1)
     p['hair_colour'] = h = _choice([.2, .2, .16, .12, .16, .09, .07], n, g)
     p['hair'] = (torch.tensor(list(HAIR_COLOURS.values()))[h]*(1 + .08*_normal(n, g, 1)) + .015*_normal(n, g, 3)).clamp(.03, .97)
@@ -61,7 +64,8 @@ def sample_identities(
     p['beard'], p['moustache'] = (r() < .30)*m*(.6 + .4*r()), (r() < .28)*m*(.75 + .25*r())
     p['lipstick'], p['part'] = (1 - m)*(.5 + .3*_normal(n, g)).clamp(0, 1), torch.sign(r() - .5)
     p['mole'], p['mole_x'], p['mole_y'] = (r() < .15).float(), .30*torch.sign(r() - .5), .12 + .16*r()
-    p['brow_thickness'] = (p['brow_thickness'] + .007*m).clamp(min=.014); p['jaw'] = (p['jaw'] - .05*m).clamp(.0, .36)
+    p['brow_thickness'] = (p['brow_thickness'] + .007*m).clamp(min=.014)
+    p['jaw'] = (p['jaw'] - .05*m).clamp(.0, .36)
     p['lips'], p['blush'] = (p['lips'] - .006*m).clamp(min=.014), p['blush'].clamp(min=0)
     return p
 
@@ -71,7 +75,8 @@ def sample_scenes(
     g,  # a `torch.Generator`
 ) -> dict:  # name -> (n,) tensor
     "Draw `n` scenes: pose, place in the frame, expression, light, clothes and background."
-    r = lambda: torch.rand(n, generator=g); colours = lambda: torch.randint(0, len(COLOURS), (n,), generator=g)
+    r = lambda: torch.rand(n, generator=g)
+    colours = lambda: torch.randint(0, len(COLOURS), (n,), generator=g)
     return dict(
         yaw=.19*_normal(n, g), pitch=.07*_normal(n, g), roll=.05*_normal(n, g),           # radians
         x=.025*_normal(n, g), y=-.02 + .025*_normal(n, g), zoom=1 + .035*_normal(n, g),   # where the head is, in half widths
@@ -92,7 +97,8 @@ def _rgb(*c): return torch.tensor(c).view(1, 3, 1, 1)
 # %% ../../nbs/tiny/people.ipynb #eb4071e9
 def _pose(p, s, size):
     "Pixel grid -> head coordinates x, y and surface coordinates u, v of the turned head; with a way back for landmarks."
-    c = SimpleNamespace(); V = lambda d, k: d[k].view(-1, 1, 1)
+    c = SimpleNamespace()
+    V = lambda d, k: d[k].view(-1, 1, 1)
     axis = (torch.arange(size, device=s['yaw'].device) + .5)/size*2 - 1
     c.X, c.Y = axis.view(1, 1, -1), axis.view(1, -1, 1)
     c.P, c.S = (lambda k: V(p, k)), (lambda k: V(s, k))
@@ -103,20 +109,25 @@ def _pose(p, s, size):
     c.fw, c.fh, jaw = c.P('face_width'), c.P('face_height'), c.P('jaw')
     taper = lambda y: (1 - jaw*(y/c.fh).clamp(0, 1.3)**2).clamp(.3)
     c.nx, c.ny = c.x/taper(c.y)/c.fw, c.y/c.fh
-    rr = c.nx**2 + c.ny**2; c.nz = (1 - rr).clamp(0.).sqrt()
+    rr = c.nx**2 + c.ny**2
+    c.nz = (1 - rr).clamp(0.).sqrt()
     cy, sy, cp, sp = V(s, 'yaw').cos(), V(s, 'yaw').sin(), V(s, 'pitch').cos(), V(s, 'pitch').sin()
     vy, vz = c.ny*cp - c.nz*sp, c.ny*sp + c.nz*cp
     c.u, c.v, c.depth = (c.nx*cy - vz*sy)*c.fw, vy*c.fh, c.nx*sy + vz*cy
-    c.front = (c.depth > .02).float(); c.outline = (rr.sqrt() - 1)*torch.minimum(c.fw, c.fh)
+    c.front = (c.depth > .02).float()
+    c.outline = (rr.sqrt() - 1)*torch.minimum(c.fw, c.fh)
     c.cy, c.sy, c.sp = cy, sy, sp
     def project(u, v, lift=1.):
         "Surface point -> head coordinates; `lift` > 1 stands off the surface (a nose, glasses)."
-        a, b = u/c.fw, v/c.fh; w = (1 - a*a - b*b).clamp(.02).sqrt()*lift; a, b = a*lift, b*lift
+        a, b = u/c.fw, v/c.fh
+        w = (1 - a*a - b*b).clamp(.02).sqrt()*lift
+        a, b = a*lift, b*lift
         y = (b*cp + (-a*sy + w*cy)*sp)*c.fh
         return (a*cy + w*sy)*c.fw*taper(y), y
     def to_pixels(x, y):
         "Head coordinates -> pixel centres (a pixel's own centre is a whole number)."
-        z = V(s, 'zoom'); X, Y = (c.cr*x - c.sr*y)*z + V(s, 'x'), (c.sr*x + c.cr*y)*z + V(s, 'y')
+        z = V(s, 'zoom')
+        X, Y = (c.cr*x - c.sr*y)*z + V(s, 'x'), (c.sr*x + c.cr*y)*z + V(s, 'y')
         return torch.cat([X, Y], -1)[:, 0]*size/2 + size/2 - .5
     c.project, c.to_pixels = project, to_pixels
     c.shade = (V(s, 'ambient') + .32*(c.nx*V(s, 'light_x') + c.ny*V(s, 'light_y') + .75*c.nz)).clamp(.4, 1.2)
@@ -129,7 +140,8 @@ def _pose(p, s, size):
 def _background(c, s):
     "A plain colour with a vignette, or one of three scenes."
     palette = torch.tensor(list(COLOURS.values()))
-    t, which = (c.Y*.5 + .5), c.S('scene'); full = torch.zeros_like(c.X + c.Y + which)
+    t, which = (c.Y*.5 + .5), c.S('scene')
+    full = torch.zeros_like(c.X + c.Y + which)
     image = palette[s['background']].view(-1, 3, 1, 1)*(1.04 - .12*(c.X**2 + (c.Y + .2)**2)).unsqueeze(1)
     fade = lambda top, bottom: _rgb(*top) + (_rgb(*bottom) - _rgb(*top))*(t + full).unsqueeze(1)
     beach = _paint(fade((.45, .72, .95), (.85, .93, .98)), _coverage(-c.Y + full, .06), _rgb(.10, .45, .72))
@@ -141,7 +153,8 @@ def _background(c, s):
 
 def _hair_behind(c, image):
     "The part of long hair, bob, curls and bun that lies behind the head."
-    x, y, v = c.x, c.y, c.P('hair_volume'); w = c.fw*1.17*v
+    x, y, v = c.x, c.y, c.P('hair_volume')
+    w = c.fw*1.17*v
     top = _ellipse(x, y + .04, w, c.fh*1.14*v)*c.fw
     shapes = {LONG: torch.where(y < -.04, top, torch.maximum(x.abs() - w - .03*(y + .04), y - .80)),
               BOB: torch.where(y < -.04, top, torch.maximum(x.abs() - w + .20*(y - .12).clamp(0), y - .46)),
@@ -152,7 +165,8 @@ def _hair_behind(c, image):
 
 def _body(c, image, s):
     "Neck and shirt."
-    x, y, lx = c.bx, c.by, c.S('light_x'); shirt = torch.tensor(list(COLOURS.values()))[s['shirt']].view(-1, 3, 1, 1)
+    x, y, lx = c.bx, c.by, c.S('light_x')
+    shirt = torch.tensor(list(COLOURS.values()))[s['shirt']].view(-1, 3, 1, 1)
     image = _paint(image, c.alpha(torch.maximum(x.abs() - c.fw*.44, -y)), c.skin*(.74 + .10*x*lx).unsqueeze(1))
     shoulders = torch.maximum(.70 + .30*x.abs()**2.4 - y + .06*(1 - (x/.22)**2).clamp(0), x.abs() - .92)
     return _paint(image, c.alpha(shoulders), shirt*(.94 + .16*x*lx - .22*(x.abs() - .5).clamp(0)).unsqueeze(1))
@@ -160,7 +174,8 @@ def _body(c, image, s):
 # %% ../../nbs/tiny/people.ipynb #d7cf06cb
 def _ears(c, image):
     for side in (-1, 1):
-        depth = -side*c.sy; x, y = side*.99*c.cy*c.fw + side*.02, .04 + depth*c.sp*c.fh
+        depth = -side*c.sy
+        x, y = side*.99*c.cy*c.fw + side*.02, .04 + depth*c.sp*c.fh
         d = _ellipse(c.x - x, c.y - y, c.P('ear')*.62, c.P('ear'))*c.P('ear')*.8
         seen = ((depth + .55)*3).clamp(0, 1)*(1 - c.is_style(LONG, BOB))
         image = _paint(image, c.alpha(d)*seen, c.skin*.84)
@@ -184,16 +199,20 @@ def _eyes(c, face, mood):
     ew, eh = c.P('eye_width'), c.P('eye_height')*(1 + .28*mood.surprised - .16*mood.smiling - .20*mood.frowning)
     ex, ey, r, shade = c.P('eye_x'), c.P('eye_y'), c.P('iris'), c.shade.clamp(.6, 1).unsqueeze(1)
     for side in (-1, 1):
-        p, q = (c.u - side*ex)*side/ew, c.v - ey; q = q + c.P('eye_tilt')*p*.09
-        edge = _ellipse(p, q, 1., eh)*eh; inside = c.alpha(edge)*c.front
+        p, q = (c.u - side*ex)*side/ew, c.v - ey
+        q = q + c.P('eye_tilt')*p*.09
+        edge = _ellipse(p, q, 1., eh)*eh
+        inside = c.alpha(edge)*c.front
         face = _paint(face, inside, _rgb(.97, .97, .97)*(.3*c.shade + .70).clamp(max=1).unsqueeze(1))
         disc = ((p*ew)**2 + q**2 + 1e-8).sqrt() - r
-        face = _paint(face, inside*c.alpha(disc), c.eyes); face = _paint(face, inside*c.alpha(disc + .50*r), _rgb(.03, .03, .03))
+        face = _paint(face, inside*c.alpha(disc), c.eyes)
+        face = _paint(face, inside*c.alpha(disc + .50*r), _rgb(.03, .03, .03))
         light = ((p*ew - .026*side)**2 + (q + .030)**2 + 1e-8).sqrt() - .020
         face = _paint(face, inside*c.alpha(light), _rgb(1., 1., 1.))
         lid = c.alpha(edge.abs() - .017)*c.alpha(q - .15*eh, 2.)*c.front
         face = _paint(face, .9*lid, c.skin*.16)
-        b = p/1.12; tilt = c.P('brow_tilt')*.10 - .13*mood.frowning + .03*mood.surprised
+        b = p/1.12
+        tilt = c.P('brow_tilt')*.10 - .13*mood.frowning + .03*mood.surprised
         line = ey - c.P('brow_height') - .085*mood.surprised + .050*mood.frowning - c.P('brow_arch')*(1 - b**2) - tilt*b
         brow = torch.maximum((c.v - line).abs() - c.P('brow_thickness')*(1 - .25*b.clamp(-1, 1)), (b.abs() - 1)*ew)
         face = _paint(face, .95*c.alpha(brow)*c.front, c.hair*.55*shade + .02)
@@ -204,34 +223,41 @@ def _nose(c, face):
     "A lit ridge, a tip that stands off the face and a shadow beneath; returns the tip for the landmarks."
     w, zero = c.P('nose_width'), torch.zeros_like(c.fw)
     (x0, y0), (x1, y1) = c.project(zero, c.P('eye_y') + .03, 1.03), c.project(zero, c.P('eye_y') + c.P('nose_length'), 1.22)
-    dx, dy = x1 - x0, y1 - y0; t = (((c.x - x0)*dx + (c.y - y0)*dy)/(dx*dx + dy*dy)).clamp(0, 1)
+    dx, dy = x1 - x0, y1 - y0
+    t = (((c.x - x0)*dx + (c.y - y0)*dy)/(dx*dx + dy*dy)).clamp(0, 1)
     ridge = torch.exp(-((c.x - x0 - t*dx)**2 + (c.y - y0 - t*dy)**2)/(w*(.35 + .65*t))**2)
     face = face*(1 + .10*ridge).unsqueeze(1)
-    shadow = _ellipse(c.x - x1, c.y - y1 - .030, w*1.12, .046)*.046; tip = _ellipse(c.x - x1, c.y - y1 + .006, w*1.02, .050)*.05
+    shadow = _ellipse(c.x - x1, c.y - y1 - .030, w*1.12, .046)*.046
+    tip = _ellipse(c.x - x1, c.y - y1 + .006, w*1.02, .050)*.05
     face = _paint(face, .85*c.alpha(shadow, 1.2), c.skin*_rgb(.56, .43, .39))
     return _paint(face, c.alpha(tip, 1.2), c.skin*(c.shade*1.07).clamp(0, 1.15).unsqueeze(1)), (x1, y1)
 
 def _mouth(c, face, mood):
     "Lips that bend with the mood and open to teeth or to an O."
-    w = c.P('mouth_width')*(1 + .28*mood.smiling - .38*mood.surprised - .10*mood.frowning); p, thick = c.u/w, c.P('lips')
+    w = c.P('mouth_width')*(1 + .28*mood.smiling - .38*mood.surprised - .10*mood.frowning)
+    p, thick = c.u/w, c.P('lips')
     bend, gap = .105*mood.smiling - .105*mood.frowning, .050*(mood.smiling > 0) + .095*mood.surprised
-    q = c.v - c.P('mouth_y') - .015*mood.surprised + bend*(p**2 - .45); arc = (1 - p**2).clamp(0)
+    q = c.v - c.P('mouth_y') - .015*mood.surprised + bend*(p**2 - .45)
+    arc = (1 - p**2).clamp(0)
     natural = c.skin*_rgb(.80, .46, .44)
     lips = (natural + (_rgb(.80, .10, .16) - natural)*(.8*c.P('lipstick')).unsqueeze(1))*(c.shade*.4 + .62).unsqueeze(1)
     outer = torch.maximum(q.abs() - (thick + gap)*arc**.6, (p.abs() - 1)*w)
     inner = torch.maximum(q.abs() - (gap + .012)*arc**.7, (p.abs() - .94)*w)
     face = _paint(face, c.alpha(outer)*c.front, lips)
-    teeth, dark = _rgb(.98, .98, .96), _rgb(.22, .05, .06); hole = torch.where((mood.smiling > 0).unsqueeze(1), teeth, dark)
+    teeth, dark = _rgb(.98, .98, .96), _rgb(.22, .05, .06)
+    hole = torch.where((mood.smiling > 0).unsqueeze(1), teeth, dark)
     return _paint(face, c.alpha(inner)*c.front, hole), (w, c.P('mouth_y') + .015*mood.surprised - bend*.55)
 
 def _hair_in_front(c, image):
     "The cap of hair over the forehead and beside the face."
-    u, v, ua, hl, volume = c.u, c.v, c.u/c.fw, c.P('hairline'), c.P('hair_volume'); style = c.P('style')
+    u, v, ua, hl, volume = c.u, c.v, c.u/c.fw, c.P('hairline'), c.P('hair_volume')
+    style = c.P('style')
     cap = _ellipse(c.nx, (c.y + .02)/c.fh, 1.09*volume**.6, 1.13*volume)*c.fw
     line = hl + .20*ua**2
     for k, shape in {PARTED: hl - .02 + .22*ua*c.P('part') + .10*ua**2, FRINGE: hl + .11 + .05*ua**2, BOB: hl + .10 + .05*ua**2,
                      LONG: hl - .05 + .42*ua.abs()**1.2, CURLY: hl + .02 + .16*ua**4}.items(): line = torch.where(style == k, shape, line)
-    long = c.is_style(LONG, BOB); reach = torch.where(long > 0, 1e3*torch.ones_like(u), .04 + 0*u)
+    long = c.is_style(LONG, BOB)
+    reach = torch.where(long > 0, 1e3*torch.ones_like(u), .04 + 0*u)
     hair = torch.maximum(c.alpha(v - line, 1.3)*(v < reach), (c.depth <= .02)*(v < reach + .06)*(c.nx.abs() > .55).float())
     hair = torch.maximum(hair, c.alpha(.91 - ua.abs(), 2.)*c.alpha(v - .04, 2.)*c.is_style(SHORT, PARTED, FRINGE, BUN))
     hair = torch.maximum(hair, c.alpha(.84 - ua.abs(), 2.)*long*c.alpha(c.y - .46, 2.))*c.alpha(cap)
@@ -243,7 +269,8 @@ def _hair_in_front(c, image):
 def _glasses(c, image):
     lines, centres = torch.zeros_like(c.x + c.y), []
     for side in (-1, 1):
-        x, y = c.project(side*c.P('eye_x'), c.P('eye_y'), 1.06); centres.append((x, y))
+        x, y = c.project(side*c.P('eye_x'), c.P('eye_y'), 1.06)
+        centres.append((x, y))
         lines = torch.maximum(lines, c.alpha(_ellipse(c.x - x, c.y - y, .215*c.cy, .185).abs()*.19 - .024))
     (x1, y1), (x2, y2) = centres
     bridge = c.alpha((c.y - (y1 + y2)/2 + .03).abs() - .022)*(c.x > x1 + .19)*(c.x < x2 - .19)
@@ -252,9 +279,11 @@ def _glasses(c, image):
 
 def _hat(c, image, s):
     "A knitted cap with a darker brim."
-    colour = torch.tensor(list(COLOURS.values()))[s['hat_colour']].view(-1, 3, 1, 1); brim = c.P('eye_y') - .29
+    colour = torch.tensor(list(COLOURS.values()))[s['hat_colour']].view(-1, 3, 1, 1)
+    brim = c.P('eye_y') - .29
     dome = torch.maximum(_ellipse(c.x, c.y + .04, c.fw*1.20*c.P('hair_volume'), c.fh*1.22*c.P('hair_volume'))*c.fw, c.y - brim)
-    light = (.94 + .16*(c.nx*c.S('light_x') - .15*c.ny)).unsqueeze(1); alpha = c.S('hat')*c.alpha(dome)
+    light = (.94 + .16*(c.nx*c.S('light_x') - .15*c.ny)).unsqueeze(1)
+    alpha = c.S('hat')*c.alpha(dome)
     image = _paint(image, alpha, colour*light)
     return _paint(image, alpha*c.alpha((c.y - brim + .07).abs() - .07), colour*light*.70)
 
@@ -266,7 +295,8 @@ def draw(
     background=None,  # (B,3,size,size) pictures to paint the people on instead of the scene's own background
 ):
     "Draw people: images (B,3,size,size) in 0..1 RGB, landmarks (B,5,2) and boxes (B,4) in pixels, insightface's order."
-    c = _pose(identities, scenes, size); c.eyes = identities['eyes'].view(-1, 3, 1, 1)
+    c = _pose(identities, scenes, size)
+    c.eyes = identities['eyes'].view(-1, 3, 1, 1)
     expression = c.S('expression')
     mood = SimpleNamespace(**{e: (expression == k)*c.S('intensity') for k, e in enumerate(EXPRESSIONS)})
     image = _background(c, scenes) if background is None else background
@@ -298,7 +328,9 @@ def sheet(
     columns=8, zoom=1,
 ):
     "One PIL picture of a batch, row by row."
-    n, c, h, w = images.shape; rows = -(-n//columns); images = torch.cat([images, torch.ones(rows*columns - n, c, h, w)])
+    n, c, h, w = images.shape
+    rows = -(-n//columns)
+    images = torch.cat([images, torch.ones(rows*columns - n, c, h, w)])
     pixels = (images.clamp(0, 1)*255).round().byte().view(rows, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(rows*h, columns*w, c)
     return Image.fromarray(pixels.numpy()).resize((columns*w*zoom, rows*h*zoom), Image.NEAREST)
 
@@ -306,7 +338,8 @@ def sheet(
 def _person_words(p, i):
     "All that could be said of person `i`, strongest words first come first served."
     style, m = int(p['style'][i]), p['male'][i] > 0
-    hair = list(HAIR_COLOURS)[int(p['hair_colour'][i])]; name = HAIR_STYLES[style]
+    hair = list(HAIR_COLOURS)[int(p['hair_colour'][i])]
+    name = HAIR_STYLES[style]
     words = ['bald' if style == BALD else f'{hair} {name}', f"{list(SKINS)[int(p['tone'][i] + .5)]} skin", f"{list(IRISES)[int(p['eye_colour'][i])]} eyes"]
     if p['beard'][i] > 0: words.append(f'{hair} beard')
     if p['moustache'][i] > 0: words.append('moustache')
@@ -321,7 +354,8 @@ def _person_words(p, i):
 
 def _scene_words(s, i):
     "Everything the scene shows: shirt, expression, background, glasses, hat."
-    c = list(COLOURS); scene = int(s['scene'][i])
+    c = list(COLOURS)
+    scene = int(s['scene'][i])
     words = [EXPRESSIONS[int(s['expression'][i])], f"{SCENES[scene - 1] if scene else c[int(s['background'][i])]} background"]
     if s['glasses'][i] > 0: words.append('wearing glasses')
     if s['hat'][i] > 0: words.append(f"wearing a {c[int(s['hat_colour'][i])]} hat")
@@ -338,12 +372,17 @@ def captions(
     "One caption for each row, such as `photo of a woman in a red shirt, smiling, beach background`."
     out = []
     for i in range(len(scenes['yaw'])):
-        shirt, words = _scene_words(scenes, i); who = 'man' if identities['male'][i] > 0 else 'woman'
-        if rng is None: out.append(', '.join([f'photo of a person {shirt}', *words])); continue
+        shirt, words = _scene_words(scenes, i)
+        who = 'man' if identities['male'][i] > 0 else 'woman'
+        if rng is None:
+            out.append(', '.join([f'photo of a person {shirt}', *words]))
+            continue
         if rng.random() < .4: who = 'person'
-        words = [w for w in words if rng.random() < keep]; known = _person_words(identities, i)
+        words = [w for w in words if rng.random() < keep]
+        known = _person_words(identities, i)
         words += rng.sample(known, min(len(known), rng.randint(0, person))) if rng.random() < .6 else []
-        rng.shuffle(words); head = f'photo of a {who}' + (f' {shirt}' if rng.random() < keep else '')
+        rng.shuffle(words)
+        head = f'photo of a {who}' + (f' {shirt}' if rng.random() < keep else '')
         out.append(', '.join([head, *words]))
     return out
 
@@ -430,12 +469,16 @@ def photographs(
 ) -> dict:  # images (N,3,size,size) uint8, landmarks, boxes, person (N,) index, identities, scenes
     "Draw a training set; rows of one person stand together."
     from tqdm.auto import tqdm
-    g = torch.Generator().manual_seed(TRAINING_SEEDS + seed); p = sample_identities(people, g); person = torch.arange(people).repeat_interleave(each)
-    f = torch.compile(draw, dynamic=False) if compiled else draw; out = []
+    g = torch.Generator().manual_seed(TRAINING_SEEDS + seed)
+    p = sample_identities(people, g)
+    person = torch.arange(people).repeat_interleave(each)
+    f = torch.compile(draw, dynamic=False) if compiled else draw
+    out = []
     if len(person) % batch: raise ValueError(f'{len(person)} photographs do not divide into batches of {batch}')
     with torch.no_grad():
         for i in tqdm(range(0, len(person), batch), disable=not progress, desc='drawing'):
-            s = sample_scenes(batch, g); images, landmarks, boxes = f(take(p, person[i:i + batch]), s, size)
+            s = sample_scenes(batch, g)
+            images, landmarks, boxes = f(take(p, person[i:i + batch]), s, size)
             out.append(((images*255).round().byte(), landmarks, boxes, s))
     images, landmarks, boxes, scenes = zip(*out)
     return dict(images=torch.cat(images), landmarks=torch.cat(landmarks), boxes=torch.cat(boxes), person=person, identities=p,

@@ -27,11 +27,14 @@ def align_crops(
     size=112,   # of the crop
 ):
     "`norm_crop` for a batch, on the device and differentiable: (B,3,size,size)."
-    n, _, h, w = images.shape; goal = TEMPLATE.to(landmarks)*(size/112)
-    centre, middle = landmarks.mean(1, keepdim=True), goal.mean(0); a, b = landmarks - centre, (goal - middle)[None]
+    n, _, h, w = images.shape
+    goal = TEMPLATE.to(landmarks)*(size/112)
+    centre, middle = landmarks.mean(1, keepdim=True), goal.mean(0)
+    a, b = landmarks - centre, (goal - middle)[None]
     p, q = (a*b).sum((1, 2)), (b[..., 0]*a[..., 1] - b[..., 1]*a[..., 0]).sum(1)
     p, q = (v*a.square().sum((1, 2))/(p*p + q*q) for v in (p, q))  # crop -> picture: the inverse of the best turn and scale from picture to crop
-    axis = torch.arange(size, device=images.device, dtype=landmarks.dtype); gy, gx = torch.meshgrid(axis - middle[1], axis - middle[0], indexing='ij')
+    axis = torch.arange(size, device=images.device, dtype=landmarks.dtype)
+    gy, gx = torch.meshgrid(axis - middle[1], axis - middle[0], indexing='ij')
     p, q = p.view(-1, 1, 1), q.view(-1, 1, 1)
     x, y = p*gx - q*gy + centre[:, :, :1], q*gx + p*gy + centre[:, :, 1:]
     grid = torch.stack([(2*x + 1)/w - 1, (2*y + 1)/h - 1], -1)
@@ -41,7 +44,10 @@ def align_crops(
 @torch.no_grad()
 def strangers(n=250, each=4, seed=5, size=64):
     "People nobody was trained on: images (n*each,3,size,size), landmarks, boxes; rows of one person stand together."
-    g = torch.Generator().manual_seed(seed); p = take(sample_identities(n, g), torch.arange(n).repeat_interleave(each)); s = sample_scenes(n*each, g); out = []
+    g = torch.Generator().manual_seed(seed)
+    p = take(sample_identities(n, g), torch.arange(n).repeat_interleave(each))
+    s = sample_scenes(n*each, g)
+    out = []
     for i in range(0, n*each, 100): out.append(draw(take(p, slice(i, i + 100)), take(s, slice(i, i + 100)), size))
     return tuple(torch.cat(v) for v in zip(*out))
 
@@ -53,9 +59,11 @@ ZOOM = 1.075  # a little closer than the template asks: drawn faces leave it a m
 def halve(crops):
     "Crops (B,3,112,112) -> (B,3,56,56), `ZOOM` closer around the middle of the template; 56 x 56 comes through as it is, so that a training halves once."
     if crops.shape[-1] != 112: return crops
-    axis = torch.arange(112., device=crops.device); rows = []
+    axis = torch.arange(112., device=crops.device)
+    rows = []
     for middle in TEMPLATE.mean(0).tolist()[::-1]:
-        at = (axis - middle)/ZOOM + middle; rows.append((1 - (at[:, None] - axis).abs()).clamp(min=0).view(56, 2, 112).mean(1).to(crops.dtype))
+        at = (axis - middle)/ZOOM + middle
+        rows.append((1 - (at[:, None] - axis).abs()).clamp(min=0).view(56, 2, 112).mean(1).to(crops.dtype))
     return rows[0] @ crops @ rows[1].T
 
 class Residual(nn.Module):
@@ -69,7 +77,8 @@ class Residual(nn.Module):
 class Recognizer(nn.Module):
     "Crops (B,3,112,112) in -1..1, RGB -> embeddings (B,512), not normalised. A drawn face holds no more than 56 pixels' worth: halve first."
     def __init__(self, widths=(32, 64, 128, 256)):
-        super().__init__(); a, b, c, d = widths
+        super().__init__()
+        a, b, c, d = widths
         self.features = nn.Sequential(conv(3, a, stride=2), nn.BatchNorm2d(a), nn.ReLU(), Residual(a, a, 1), Residual(a, b, 2),
             Residual(b, b, 1), Residual(b, c, 2), Residual(c, c, 1), Residual(c, d, 2), nn.BatchNorm2d(d))
         self.out = nn.Sequential(nn.Flatten(), nn.Linear(d*16, 512, bias=False), nn.BatchNorm1d(512, affine=False))
@@ -79,7 +88,8 @@ class Recognizer(nn.Module):
 class Judge(nn.Module):
     "Another architecture for the second opinion: patches of 4 pixels, plain convolutions that see channels gate each other, one weighted pooling."
     def __init__(self, width=96):
-        super().__init__(); w = width
+        super().__init__()
+        w = width
         block = lambda i, o, stride=1: nn.Sequential(conv(i, o, stride=stride), nn.BatchNorm2d(o), nn.ReLU())
         self.stem = nn.Sequential(nn.Conv2d(3, w//2, 4, 2, 1, bias=False), nn.BatchNorm2d(w//2), nn.ReLU())      # 28 x 28
         self.stages = nn.ModuleList([nn.Sequential(block(w//2, w//2), block(w//2, w, 2), block(w, w)),            # 14 x 14
@@ -89,7 +99,9 @@ class Judge(nn.Module):
         self.out = nn.Sequential(nn.Linear(4*w, 512, bias=False), nn.BatchNorm1d(512, affine=False))
     def forward(self, x):
         x = self.stem(halve(x))
-        for stage, gate in zip(self.stages, self.gates): x = stage(x); x = x*gate(x)
+        for stage, gate in zip(self.stages, self.gates):
+            x = stage(x)
+            x = x*gate(x)
         return self.out(self.pool(x))
 
 # %% ../../nbs/tiny/recognizer.ipynb #rc000030
@@ -103,9 +115,11 @@ def margin_loss(
 ):
     "CosFace (`cos - margin`) or ArcFace (`cos(angle + margin)`): loss and the share of rows nearest to their own centre."
     cosines = F.normalize(embeddings.float(), dim=1) @ F.normalize(centres.float(), dim=1).T
-    rows = torch.arange(len(person), device=person.device); own = cosines[rows, person]
+    rows = torch.arange(len(person), device=person.device)
+    own = cosines[rows, person]
     harder = own - margin if kind == 'cosine' else torch.cos(own.clamp(-1 + 1e-6, 1 - 1e-6).acos() + margin)
-    logits = cosines.clone(); logits[rows, person] = harder
+    logits = cosines.clone()
+    logits[rows, person] = harder
     return F.cross_entropy(scale*logits, person), (cosines.detach().argmax(1) == person).float().mean()
 
 # %% ../../nbs/tiny/recognizer.ipynb #rc000034
@@ -116,20 +130,25 @@ def _blur(x, passes=1):
     return x
 
 def _soften(x, g):
-    n, k = len(x), len(x)//8; x = torch.lerp(x, _blur(x), torch.rand(n, 1, 1, 1, generator=g)*_some(n, .4, g))
+    n, k = len(x), len(x)//8
+    x = torch.lerp(x, _blur(x), torch.rand(n, 1, 1, 1, generator=g)*_some(n, .4, g))
     return torch.cat([torch.lerp(x[:k], _blur(x[:k], 3), torch.rand(k, 1, 1, 1, generator=g)), x[k:]])  # an eighth of them much more
 
 def _blocks(x, g):
     "The look of a JPEG or of a careless decoder: colours known only in blocks of 4 x 4."
-    small = F.interpolate(F.avg_pool2d(x, 4), scale_factor=4); grey = x.mean(1, keepdim=True)
+    small = F.interpolate(F.avg_pool2d(x, 4), scale_factor=4)
+    grey = x.mean(1, keepdim=True)
     return torch.lerp(x, grey + small - small.mean(1, keepdim=True), .8*_some(len(x), .15, g))
 
 def _light(x, g):
-    n = len(x); r = lambda c=1: torch.randn(n, c, 1, 1, generator=g)
+    n = len(x)
+    r = lambda c=1: torch.randn(n, c, 1, 1, generator=g)
     return (x - .5)*(1 + .12*r()) + .5 + .04*r() + .012*r(3)
 
 def _grain(x, g):
-    n = len(x); noise = torch.randn(x.shape, generator=g); lumps = F.interpolate(torch.randn(n, 3, x.shape[2]//4, x.shape[3]//4, generator=g), size=x.shape[2:], mode='bilinear')
+    n = len(x)
+    noise = torch.randn(x.shape, generator=g)
+    lumps = F.interpolate(torch.randn(n, 3, x.shape[2]//4, x.shape[3]//4, generator=g), size=x.shape[2:], mode='bilinear')
     return x + .05*torch.rand(n, 1, 1, 1, generator=g)*noise + .06*torch.rand(n, 1, 1, 1, generator=g)*_some(n, .3, g)*lumps
 
 def _grey(x, g): return torch.lerp(x, x.mean(1, keepdim=True).expand_as(x), _some(len(x), .05, g))
@@ -147,7 +166,8 @@ def roughen(
 def crop_batch(photos, people, n, g, jitter=.3, sharp=None):
     "`n` aligned crops (n,3,56,56) in 0..1 and their person (row of `people`); `sharp` draws a sixteenth of them afresh at 128 pixels."
     each = len(photos['person'])//(int(photos['person'][-1]) + 1)
-    person = torch.randint(0, len(people), (n,), generator=g); k = n//16 if sharp else 0
+    person = torch.randint(0, len(people), (n,), generator=g)
+    k = n//16 if sharp else 0
     rows = people[person[:n - k]]*each + torch.randint(0, each, (n - k,), generator=g)
     images, marks = photos['images'][rows].float()/255, photos['landmarks'][rows]
     wobble = lambda m, size: m + size*(jitter*torch.randn(m.shape, generator=g) + .5*jitter*torch.randn(len(m), 1, 2, generator=g))
@@ -181,24 +201,43 @@ def learn_faces(
     rate=(2e-3, 8e-3),
 ):
     "A generator: yields after every step `dict(step, loss, right, state)`; `state()` copies everything needed to go on."
-    todo = PARTS[part]; torch.manual_seed(seed); people = torch.arange(*todo['people']); people = people[people <= int(photos['person'][-1])]
+    todo = PARTS[part]
+    torch.manual_seed(seed)
+    people = torch.arange(*todo['people'])
+    people = people[people <= int(photos['person'][-1])]
     if not len(people): raise ValueError(f"The {part} learns people {todo['people'][0]} to {todo['people'][1]}, the table ends with {int(photos['person'][-1])}: draw a larger one")
-    model = todo['model']().to(device, memory_format=torch.channels_last); centres = nn.Parameter(.05*torch.randn(len(people), 512, device=device))
-    numbers, styles = known_numbers(photos['identities']); tell = nn.Linear(512, numbers.shape[1] + 8).to(device)
-    opt = torch.optim.AdamW([*model.parameters(), *tell.parameters(), centres], lr=rate[0], weight_decay=5e-3, fused=True); start = 0
-    if state: model.load_state_dict(state['model']); centres.data.copy_(state['centres']); tell.load_state_dict(state['tell']); opt.load_state_dict(state['opt']); start = state['step']
+    model = todo['model']().to(device, memory_format=torch.channels_last)
+    centres = nn.Parameter(.05*torch.randn(len(people), 512, device=device))
+    numbers, styles = known_numbers(photos['identities'])
+    tell = nn.Linear(512, numbers.shape[1] + 8).to(device)
+    opt = torch.optim.AdamW([*model.parameters(), *tell.parameters(), centres], lr=rate[0], weight_decay=5e-3, fused=True)
+    start = 0
+    if state:
+        model.load_state_dict(state['model'])
+        centres.data.copy_(state['centres'])
+        tell.load_state_dict(state['tell'])
+        opt.load_state_dict(state['opt'])
+        start = state['step']
     keep = lambda: dict(part=part, step=step + 1, steps=steps, seed=seed, model=model.state_dict(), centres=centres.data, tell=tell.state_dict(), opt=opt.state_dict())
     for step in range(start, steps):
-        model.train(); g = torch.Generator().manual_seed(seed*1_000_003 + step); t = step/steps
+        model.train()
+        g = torch.Generator().manual_seed(seed*1_000_003 + step)
+        t = step/steps
         for group in opt.param_groups: group['lr'] = rate[0] + (rate[1] - rate[0])*t/.1 if t < .1 else rate[1]*(.5 + .5*math.cos(math.pi*(t - .1)/.9)) + 1e-5
-        with torch.no_grad(): crops, person = crop_batch(photos, people, batch, g, sharp=sharp); crops = roughen(crops, g, todo['steps'])*2 - 1
+        with torch.no_grad():
+            crops, person = crop_batch(photos, people, batch, g, sharp=sharp)
+            crops = roughen(crops, g, todo['steps'])*2 - 1
         crops, person = crops.to(device, memory_format=torch.channels_last), person.to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16, has_bf16(device)): embeddings = model(crops)
         margin = todo['loss']['margin']*min(1, t/.3)  # a full margin from the start finds no way in
         loss, right = margin_loss(embeddings, centres, person, **todo['loss'] | dict(margin=margin))
-        told = tell(embeddings.float()); who = people[person.cpu()]
+        told = tell(embeddings.float())
+        who = people[person.cpu()]
         numbers_loss = F.smooth_l1_loss(told[:, 8:], numbers[who].to(device)) + .3*F.cross_entropy(told[:, :8], styles[who].to(device))
-        opt.zero_grad(set_to_none=True); (loss + 6*(1 - t)*numbers_loss).backward(); nn.utils.clip_grad_norm_(model.parameters(), 5.); opt.step()
+        opt.zero_grad(set_to_none=True)
+        (loss + 6*(1 - t)*numbers_loss).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.)
+        opt.step()
         yield dict(step=step + 1, loss=loss.detach(), right=right, gauge=f'right {float(right):.3f}, numbers {float(numbers_loss):.3f}', state=keep, model=model)
 
 # %% ../../nbs/tiny/recognizer.ipynb #rc000050
@@ -210,10 +249,13 @@ def embed(
     batch=500,
 ):
     "Embeddings (N,512) float32, not normalised, of aligned crops; runs where the model lies."
-    out, onnx = [], hasattr(model, 'run'); device = 'cpu' if onnx else next(model.parameters()).device; was = not onnx and model.training
+    out, onnx = [], hasattr(model, 'run')
+    device = 'cpu' if onnx else next(model.parameters()).device
+    was = not onnx and model.training
     if was: model.eval()
     for i in range(0, len(images), batch):
-        x = images[i:i + batch].to(device); x = x.float()/255 if x.dtype == torch.uint8 else x.float()
+        x = images[i:i + batch].to(device)
+        x = x.float()/255 if x.dtype == torch.uint8 else x.float()
         x = align_crops(x, landmarks[i:i + batch].to(device))*2 - 1
         out.append(torch.from_numpy(model.run(None, {'input': x.numpy()})[0]) if onnx else model(x.contiguous(memory_format=torch.channels_last)).float().cpu())
     if was: model.train()
@@ -225,8 +267,11 @@ def verification(
     far=1e-3,    # false accept rate: the share of strangers let in
 ) -> dict:
     "Cosines of the same person (`genuine`) and of different people (`impostor`), the threshold for `far`, and the share of genuine pairs above it."
-    e = F.normalize(embeddings.float(), dim=-1); n, k = e.shape[:2]; i, j = torch.triu_indices(k, k, 1)
-    genuine = torch.einsum('nid,njd->nij', e, e)[:, i, j].flatten(); impostor = (e[:, 0] @ e[:, 1].T)[~torch.eye(n, dtype=torch.bool)]
+    e = F.normalize(embeddings.float(), dim=-1)
+    n, k = e.shape[:2]
+    i, j = torch.triu_indices(k, k, 1)
+    genuine = torch.einsum('nid,njd->nij', e, e)[:, i, j].flatten()
+    impostor = (e[:, 0] @ e[:, 1].T)[~torch.eye(n, dtype=torch.bool)]
     threshold = impostor.sort().values[int((1 - far)*(len(impostor) - 1))]
     return dict(genuine=genuine, impostor=impostor, threshold=threshold.item(), tar=(genuine > threshold).float().mean().item())
 
@@ -241,16 +286,27 @@ def save_onnx(
     "Write ONNX whose large weights are stored as float16 and cast when the file is loaded: half the size, float32 arithmetic."
     import onnx
     from onnx import TensorProto, helper, numpy_helper
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True); model = model.eval().float().cpu()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = model.eval().float().cpu()
     torch.onnx.export(model, (torch.rand(shape)*2 - 1,), str(path), input_names=['input'], output_names=names, dynamic_axes=axes, opset_version=17, dynamo=False)
-    m = onnx.load(str(path)); casts, kept = [], []
+    m = onnx.load(str(path))
+    casts, kept = [], []
     for w in m.graph.initializer:
         a = numpy_helper.to_array(w)
-        if a.dtype != np.float32 or a.size < 1024: kept.append(w); continue
-        kept.append(numpy_helper.from_array(a.astype(np.float16), w.name + '_half')); casts.append(helper.make_node('Cast', [w.name + '_half'], [w.name], to=TensorProto.FLOAT))
-    nodes = [*casts, *m.graph.node]; del m.graph.node[:], m.graph.initializer[:]
-    m.graph.node.extend(nodes); m.graph.initializer.extend(kept); onnx.checker.check_model(m)
-    part = path.with_suffix('.part'); onnx.save(m, str(part)); part.replace(path)
+        if a.dtype != np.float32 or a.size < 1024:
+            kept.append(w)
+            continue
+        kept.append(numpy_helper.from_array(a.astype(np.float16), w.name + '_half'))
+        casts.append(helper.make_node('Cast', [w.name + '_half'], [w.name], to=TensorProto.FLOAT))
+    nodes = [*casts, *m.graph.node]
+    del m.graph.node[:], m.graph.initializer[:]
+    m.graph.node.extend(nodes)
+    m.graph.initializer.extend(kept)
+    onnx.checker.check_model(m)
+    part = path.with_suffix('.part')
+    onnx.save(m, str(part))
+    part.replace(path)
     return path
 
 def save_recognizer(model, path): return save_onnx(model, path, (2, 3, 112, 112), ['embedding'], dict(input={0: 'N'}, embedding={0: 'N'}))
@@ -260,30 +316,43 @@ def ship_onnx(path):
     "Store the large weights of a file of `save_onnx` as int8, with one step a row; they are multiplied out when the file is loaded. Returns the path."
     import onnx
     from onnx import TensorProto, helper, numpy_helper
-    path = Path(path); m = onnx.load(str(path)); half = {n.input[0]: n for n in m.graph.node if n.op_type == 'Cast' and n.input[0].endswith('_half')}; kept, nodes = [], []
+    path = Path(path)
+    m = onnx.load(str(path))
+    half = {n.input[0]: n for n in m.graph.node if n.op_type == 'Cast' and n.input[0].endswith('_half')}
+    kept, nodes = [], []
     for w in m.graph.initializer:
-        if w.name not in half: kept.append(w); continue
+        if w.name not in half:
+            kept.append(w)
+            continue
         a, name = numpy_helper.to_array(w).astype(np.float32), half[w.name].output[0]
-        step = np.abs(a).max(axis=tuple(range(1, a.ndim)), keepdims=True)/127; step[step == 0] = 1
+        step = np.abs(a).max(axis=tuple(range(1, a.ndim)), keepdims=True)/127
+        step[step == 0] = 1
         kept += [numpy_helper.from_array(np.rint(a/step).astype(np.int8), name + '_whole'), numpy_helper.from_array(step.astype(np.float32), name + '_step')]
         nodes += [helper.make_node('Cast', [name + '_whole'], [name + '_cast'], f'cast_{name}', to=TensorProto.FLOAT), helper.make_node('Mul', [name + '_cast', name + '_step'], [name], f'scale_{name}')]
-    nodes += [n for n in m.graph.node if not (n.op_type == 'Cast' and n.input[0] in half)]; del m.graph.node[:], m.graph.initializer[:]
-    m.graph.node.extend(nodes); m.graph.initializer.extend(kept); onnx.checker.check_model(m)
-    part = path.with_suffix('.part'); onnx.save(m, str(part)); return part.replace(path)
+    nodes += [n for n in m.graph.node if not (n.op_type == 'Cast' and n.input[0] in half)]
+    del m.graph.node[:], m.graph.initializer[:]
+    m.graph.node.extend(nodes)
+    m.graph.initializer.extend(kept)
+    onnx.checker.check_model(m)
+    part = path.with_suffix('.part')
+    onnx.save(m, str(part))
+    return part.replace(path)
 
 # %% ../../nbs/tiny/recognizer.ipynb #rc000100
 CANVAS, STRIDES, ANCHORS = 128, (8, 16, 32), ((14., 22.), (34., 52.), (72., 96.))  # heads of 14 to 96 pixels on a canvas of 128
 
 def _shrink(n, longest, device=None):
     "Matrix (CANVAS, n) of the triangle filter that brings `n` of `longest` pixels to the canvas: enlarges linearly, shrinks without aliasing."
-    ratio = longest/CANVAS; radius = ratio.clamp(min=1.)
+    ratio = longest/CANVAS
+    radius = ratio.clamp(min=1.)
     centre = (torch.arange(CANVAS, device=device)[:, None] + .5)*ratio - .5
     weight = (1 - (torch.arange(n, device=device)[None] - centre).abs()/radius).clamp(min=0.)
     return weight/weight.sum(1, keepdim=True).clamp(min=1e-6)
 
 def to_canvas(x):
     "Pictures (N,3,H,W) of any size in -1..1 -> (N,3,128,128) in 0..1, the longer side filling the canvas, black beyond."
-    shape = torch._shape_as_tensor(x).to(x.device); longest = shape[2:].max().float()
+    shape = torch._shape_as_tensor(x).to(x.device)
+    longest = shape[2:].max().float()
     rows, columns = _shrink(shape[2], longest, x.device), _shrink(shape[3], longest, x.device)
     return rows @ (x*(128/255) + .5) @ columns.T
 
@@ -299,43 +368,61 @@ class Step(nn.Module):
 class Detector(nn.Module):
     "SCRFD's outputs from a fixed canvas: three grids, two anchors a cell, each a score, a box and five points."
     def __init__(self, widths=(16, 32, 64, 96, 128), neck=64):
-        super().__init__(); a, b, c, d, e = widths
+        super().__init__()
+        a, b, c, d, e = widths
         self.stem = nn.Sequential(conv(3, a, stride=2), nn.BatchNorm2d(a), nn.ReLU(), conv(a, b, stride=2), nn.BatchNorm2d(b), nn.ReLU(), Step(b, b))
         self.down = nn.ModuleList([nn.Sequential(Step(b, c, 2), Step(c, c)), Step(c, d, 2), nn.Sequential(Step(d, e, 2), Step(e, e))])
         self.side = nn.ModuleList([nn.Conv2d(k, neck, 1) for k in (c, d, e)])
         self.smooth = nn.ModuleList([Step(neck, neck) for _ in STRIDES])
         self.heads = nn.ModuleList([nn.Conv2d(neck, 30, 1) for _ in STRIDES])
         self.near, self.wide, self.fine = nn.Conv2d(b, 32, 1), nn.Conv2d(neck, 32, 1), nn.Sequential(Step(32, 32), nn.Conv2d(32, 10, 1))
-        for head in self.heads: nn.init.constant_(head.bias.data[:2], -4.); nn.init.normal_(head.weight, std=.01)
+        for head in self.heads:
+            nn.init.constant_(head.bias.data[:2], -4.)
+            nn.init.normal_(head.weight, std=.01)
 
     def maps(self, canvas):
         "Canvas (B,3,128,128) in 0..1 -> for each stride (B, cells, cells, 2, 15): score before the sigmoid, box and points in anchor sizes; and the field of `refine`."
-        x, sides = self.stem(canvas*4 - 2), []; near = self.near(x)
-        for down, side in zip(self.down, self.side): x = down(x); sides.append(side(x))
+        x, sides = self.stem(canvas*4 - 2), []
+        near = self.near(x)
+        for down, side in zip(self.down, self.side):
+            x = down(x)
+            sides.append(side(x))
         out, above = [], 0.
         for side, smooth, head in zip(sides[::-1], list(self.smooth)[::-1], list(self.heads)[::-1]):
-            above = smooth(side + above); m = head(above).permute(0, 2, 3, 1); n = m.shape[1]
+            above = smooth(side + above)
+            m = head(above).permute(0, 2, 3, 1)
+            n = m.shape[1]
             out.insert(0, torch.cat([m[..., :2].reshape(-1, n, n, 2, 1), m[..., 2:].reshape(-1, n, n, 2, 14)], -1))
             above = F.interpolate(above, scale_factor=2.)
         return out, self.fine(F.relu(near + self.wide(above))).float()
 
     def forward(self, x):
         "Pictures (N,3,H,W), mean 127.5 and std 128 -> nine tensors (N, cells, 1 | 4 | 10) in the order and units that insightface reads."
-        shape = torch._shape_as_tensor(x).to(x.device); h, w, longest = shape[2], shape[3], shape[2:].max(); scores, boxes, marks = [], [], []
+        shape = torch._shape_as_tensor(x).to(x.device)
+        h, w, longest = shape[2], shape[3], shape[2:].max()
+        scores, boxes, marks = [], [], []
         maps, field = self.maps(to_canvas(x))
         for m, stride, sizes in zip(maps, STRIDES, ANCHORS):
-            score, box, mark = decode(m, stride, sizes); mark = refine(refine(mark, field), field); scale = longest.float()/CANVAS
-            i, j = (torch.arange(n//stride, device=x.device) for n in (h, w)); y, x_ = (i*stride).view(1, -1, 1, 1), (j*stride).view(1, 1, -1, 1)
+            score, box, mark = decode(m, stride, sizes)
+            mark = refine(refine(mark, field), field)
+            scale = longest.float()/CANVAS
+            i, j = (torch.arange(n//stride, device=x.device) for n in (h, w))
+            y, x_ = (i*stride).view(1, -1, 1, 1), (j*stride).view(1, 1, -1, 1)
             at = lambda t: t[:, i*CANVAS//longest][:, :, j*CANVAS//longest]  # the canvas cell behind each cell that is asked for
-            score, box, mark = at(score), at(box)*scale, at(mark)*scale; n = x.shape[0]
+            score, box, mark = at(score), at(box)*scale, at(mark)*scale
+            n = x.shape[0]
             box = torch.stack([x_ - box[..., 0], y - box[..., 1], box[..., 2] - x_, box[..., 3] - y], -1)/stride
             mark = torch.stack([mark[..., 0] - x_.unsqueeze(-1), mark[..., 1] - y.unsqueeze(-1)], -1)/stride
-            scores.append(score.reshape(n, -1, 1)); boxes.append(box.reshape(n, -1, 4)); marks.append(mark.reshape(n, -1, 10))
+            scores.append(score.reshape(n, -1, 1))
+            boxes.append(box.reshape(n, -1, 4))
+            marks.append(mark.reshape(n, -1, 10))
         return (*scores, *boxes, *marks)
 
 def decode(m, stride, sizes):
     "One raw map (B,n,n,2,15) -> scores (B,n,n,2) in 0..1, boxes (B,n,n,2,4) and landmarks (B,n,n,2,5,2) in canvas pixels."
-    n = m.shape[1]; axis = torch.arange(n, device=m.device)*float(stride); size = torch.tensor(sizes, device=m.device).view(2, 1, 1)
+    n = m.shape[1]
+    axis = torch.arange(n, device=m.device)*float(stride)
+    size = torch.tensor(sizes, device=m.device).view(2, 1, 1)
     at = torch.stack(torch.meshgrid(axis, axis, indexing='xy'), -1).view(1, n, n, 1, 1, 2)
     points = at + m[..., 1:].float().reshape(-1, n, n, 2, 7, 2)*size
     return m[..., 0].float().sigmoid(), points[..., :2, :].flatten(-2), points[..., 2:, :]
@@ -346,7 +433,8 @@ def refine(
     field,   # (B,10,n,n): for each of the five points the way to it, in units of 8 canvas pixels
 ):
     "Move points along the field, read where they stand."
-    b = field.shape[0]; flat = points.reshape(b, -1, 5, 2).transpose(1, 2).reshape(b*5, -1, 1, 2)
+    b = field.shape[0]
+    flat = points.reshape(b, -1, 5, 2).transpose(1, 2).reshape(b*5, -1, 1, 2)
     way = F.grid_sample(field.reshape(b*5, 2, *field.shape[2:]), (flat + .5)*(2/CANVAS) - 1, padding_mode='border', align_corners=False)
     return points + 8*way[..., 0].transpose(1, 2).reshape(b, 5, -1, 2).transpose(1, 2).reshape(points.shape)
 
@@ -361,35 +449,49 @@ def refine_loss(field, boxes, marks, seen, g, draws=4, spread=.06):
 def _lay(n, size, g):
     "Backgrounds without a face: the scenes' own, soft noise, flat colours, and shapes in the colours of skin, hair and cloth."
     from faceid_nb.tiny.people import _background, _pose
-    r = lambda *s: torch.rand(*s, generator=g); s = sample_scenes(n, g); s['x'] = s['x'] + r(n) - .5; own = _background(_pose(sample_identities(n, g), s, size), s)
-    soft = F.interpolate(r(n, 3, 5, 5), size=(size, size), mode='bicubic').clamp(0, 1); flat = r(n, 3, 1, 1).expand_as(soft)
-    kind = torch.randint(0, 4, (n, 1, 1, 1), generator=g); image = torch.where(kind < 2, own, torch.where(kind == 2, soft, flat))
+    r = lambda *s: torch.rand(*s, generator=g)
+    s = sample_scenes(n, g)
+    s['x'] = s['x'] + r(n) - .5
+    own = _background(_pose(sample_identities(n, g), s, size), s)
+    soft = F.interpolate(r(n, 3, 5, 5), size=(size, size), mode='bicubic').clamp(0, 1)
+    flat = r(n, 3, 1, 1).expand_as(soft)
+    kind = torch.randint(0, 4, (n, 1, 1, 1), generator=g)
+    image = torch.where(kind < 2, own, torch.where(kind == 2, soft, flat))
     axis = (torch.arange(size) + .5)/size*2 - 1
     for _ in range(3):
-        x, y = axis.view(1, 1, -1) - (2*r(n, 1, 1) - 1), axis.view(1, -1, 1) - (2*r(n, 1, 1) - 1); a, b = .08 + .6*r(n, 1, 1)**2, .08 + .6*r(n, 1, 1)**2
-        p = torch.where(r(n, 1, 1) < .5, 2., 8.); inside = ((x/a).abs()**p + (y/b).abs()**p < 1) & (r(n, 1, 1) < .35)
-        skin = take(sample_identities(n, g), slice(None)); colour = torch.where(r(n, 1) < .5, skin['skin'], torch.where(r(n, 1) < .5, skin['hair'], r(n, 3)))
+        x, y = axis.view(1, 1, -1) - (2*r(n, 1, 1) - 1), axis.view(1, -1, 1) - (2*r(n, 1, 1) - 1)
+        a, b = .08 + .6*r(n, 1, 1)**2, .08 + .6*r(n, 1, 1)**2
+        p = torch.where(r(n, 1, 1) < .5, 2., 8.)
+        inside = ((x/a).abs()**p + (y/b).abs()**p < 1) & (r(n, 1, 1) < .35)
+        skin = take(sample_identities(n, g), slice(None))
+        colour = torch.where(r(n, 1) < .5, skin['skin'], torch.where(r(n, 1) < .5, skin['hair'], r(n, 3)))
         image = torch.where(inside.unsqueeze(1), colour.view(n, 3, 1, 1), image)
     return image
 
 def _stand(n, among, g):
     "Scenes for one person among `among`: anywhere and any size that fits, half of the lone ones as in a portrait."
-    s = sample_scenes(n, g); r = lambda: torch.rand(n, generator=g)
-    zoom = torch.exp(math.log(.22) + r()*math.log({1: 6.6, 2: 2.2, 3: 1.6}[among])); room = (1.05 - .6*zoom).clamp(min=.05)
-    x, y = (2*r() - 1)*(room if among == 1 else .08), (2*r() - 1)*room; posed = (r() < .5) if among == 1 else torch.zeros(n, dtype=torch.bool)
+    s = sample_scenes(n, g)
+    r = lambda: torch.rand(n, generator=g)
+    zoom = torch.exp(math.log(.22) + r()*math.log({1: 6.6, 2: 2.2, 3: 1.6}[among]))
+    room = (1.05 - .6*zoom).clamp(min=.05)
+    x, y = (2*r() - 1)*(room if among == 1 else .08), (2*r() - 1)*room
+    posed = (r() < .5) if among == 1 else torch.zeros(n, dtype=torch.bool)
     for k, v in dict(x=x, y=y, zoom=zoom).items(): s[k] = torch.where(posed, s[k], v)
     s['yaw'], s['roll'] = s['yaw']*1.2, s['roll'] + .12*torch.randn(n, generator=g)*(r() < .5)
     return s
 
 def crowd(n, size, g):
     "`n` pictures (n,3,size,size) of none to three people with boxes (n,3,4), landmarks (n,3,5,2) and who is there (n,3)."
-    image = _lay(n, size, g); boxes, marks, seen = torch.zeros(n, 3, 4), torch.zeros(n, 3, 5, 2), torch.zeros(n, 3, dtype=torch.bool)
+    image = _lay(n, size, g)
+    boxes, marks, seen = torch.zeros(n, 3, 4), torch.zeros(n, 3, 5, 2), torch.zeros(n, 3, dtype=torch.bool)
     cuts = (n//6, n//6 + n//8, n//6 + n//8 + n//5)  # a sixth empty, then three people, two, and one in the rest
     for among, rows in ((3, slice(cuts[0], cuts[1])), (2, slice(cuts[1], cuts[2])), (1, slice(cuts[2], n))):
         for k in range(among):
-            m = len(image[rows]); s = _stand(m, among, g)
+            m = len(image[rows])
+            s = _stand(m, among, g)
             if among > 1: s['x'] = s['x'] + (k - (among - 1)/2)*{2: 1., 3: .66}[among]
-            image[rows], marks[rows, k], boxes[rows, k] = draw(sample_identities(m, g), s, size, background=image[rows]); seen[rows, k] = True
+            image[rows], marks[rows, k], boxes[rows, k] = draw(sample_identities(m, g), s, size, background=image[rows])
+            seen[rows, k] = True
     return (image*255).round().byte(), boxes, marks, seen
 
 def crowds(n, size, g, batch=96):
@@ -400,16 +502,23 @@ def crowds(n, size, g, batch=96):
 # %% ../../nbs/tiny/recognizer.ipynb #rc000116
 def _mirror(image, boxes, marks, seen, g):
     "Turn half of the pictures left to right; left and right points change places."
-    turn = (torch.rand(len(image), generator=g) < .5); w = image.shape[-1] - 1; t = turn.view(-1, 1, 1)
+    turn = (torch.rand(len(image), generator=g) < .5)
+    w = image.shape[-1] - 1
+    t = turn.view(-1, 1, 1)
     boxes = torch.where(t, torch.stack([w - boxes[..., 2], boxes[..., 1], w - boxes[..., 0], boxes[..., 3]], -1), boxes)
     marks = torch.where(t[..., None], torch.stack([w - marks[..., 0], marks[..., 1]], -1)[:, :, [1, 0, 2, 4, 3]], marks)
     return torch.where(t[..., None], image.flip(3), image), boxes, marks, seen
 
 def detector_batch(small, large, n, g):
     "Canvases (n,3,128,128), two thirds of them pictures of 64 pixels enlarged as insightface does it, with targets in canvas pixels."
-    def rows(pool, m): i = torch.randint(0, len(pool[0]), (m,), generator=g); return _mirror(*(v[i] for v in pool), g)
-    k = n//3*2; a, b = rows(small, k), rows(large, n - k); rough = lambda x: roughen(x.float()/255, g)
-    twice = _shrink(64, torch.tensor(64.)); again = _shrink(640, torch.tensor(640.)) @ _enlarge(64, 640)
+    def rows(pool, m):
+        i = torch.randint(0, len(pool[0]), (m,), generator=g)
+        return _mirror(*(v[i] for v in pool), g)
+    k = n//3*2
+    a, b = rows(small, k), rows(large, n - k)
+    rough = lambda x: roughen(x.float()/255, g)
+    twice = _shrink(64, torch.tensor(64.))
+    again = _shrink(640, torch.tensor(640.)) @ _enlarge(64, 640)
     way = torch.where(torch.rand(k, 1, 1, 1, generator=g) < .5, twice, again)  # insightface looks at 128 and at 640 pixels
     canvas = torch.cat([way @ rough(a[0]) @ way.transpose(2, 3), rough(b[0])])
     # insightface forgets half a pixel when it resizes; an enlarged picture is soft and a shrunk one sharp, so that the net can learn to put it back
@@ -442,41 +551,62 @@ def learn_detector(
     begin=None,     # weights to begin with, as far as they fit
 ):
     "A generator like `learn_faces`, for the detector."
-    torch.manual_seed(seed); model = Detector().to(device, memory_format=torch.channels_last); start = 0
+    torch.manual_seed(seed)
+    model = Detector().to(device, memory_format=torch.channels_last)
+    start = 0
     opt = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-3, fused=True)
     if begin: model.load_state_dict(begin, strict=False)
-    if state: model.load_state_dict(state['model']); opt.load_state_dict(state['opt']); start = state['step']
+    if state:
+        model.load_state_dict(state['model'])
+        opt.load_state_dict(state['opt'])
+        start = state['step']
     keep = lambda: dict(part='det', step=step + 1, steps=steps, seed=seed, model=model.state_dict(), opt=opt.state_dict())
     for step in range(start, steps):
-        model.train(); g = torch.Generator().manual_seed(TRAINING_SEEDS + seed*1_000_003 + step); t = step/steps
+        model.train()
+        g = torch.Generator().manual_seed(TRAINING_SEEDS + seed*1_000_003 + step)
+        t = step/steps
         for group in opt.param_groups: group['lr'] = rate*min(1, (step + 1)/50)*(.5 + .5*math.cos(math.pi*t)) + 1e-5
         with torch.no_grad(): canvas, *targets = (v.to(device) for v in detector_batch(*pools, batch, g))
         with torch.autocast(torch.device(device).type, torch.bfloat16, has_bf16(device)): maps = model.maps(canvas.contiguous(memory_format=torch.channels_last))
-        (loss, error), close = detector_loss(maps[0], *targets), refine_loss(maps[1], *targets, g); loss = loss + 40*close
-        opt.zero_grad(set_to_none=True); loss.backward(); nn.utils.clip_grad_norm_(model.parameters(), 5.); opt.step()
+        (loss, error), close = detector_loss(maps[0], *targets), refine_loss(maps[1], *targets, g)
+        loss = loss + 40*close
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.)
+        opt.step()
         yield dict(step=step + 1, loss=loss.detach(), gauge=f'landmarks {float(error):.3f} canvas pixels, refined {100*float(close):.2f}% of the face', state=keep, model=model)
 
 # %% ../../nbs/tiny/recognizer.ipynb #rc000108
 def assign(boxes, seen, stride, sizes):
     "Which face (B,faces,4) each anchor answers for: index, right (B,n,n,2), and near, where no answer is wrong."
-    n = CANVAS//stride; axis = torch.arange(n, device=boxes.device)*float(stride)
+    n = CANVAS//stride
+    axis = torch.arange(n, device=boxes.device)*float(stride)
     at = torch.stack(torch.meshgrid(axis, axis, indexing='xy'), -1).view(1, 1, n, n, 1, 2)
-    middle = ((boxes[..., :2] + boxes[..., 2:])/2)[:, :, None, None, None]; size = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1.).prod(-1).sqrt().clamp(ANCHORS[0][0], ANCHORS[-1][-1])
-    far = (at - middle).abs().amax(-1)/stride; odd = (size[:, :, None, None, None]/torch.tensor(sizes, device=boxes.device)).log().abs()
-    far = torch.where(seen[:, :, None, None, None], far + 0*odd, 1e3); nearest, index = far.min(1)
+    middle = ((boxes[..., :2] + boxes[..., 2:])/2)[:, :, None, None, None]
+    size = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1.).prod(-1).sqrt().clamp(ANCHORS[0][0], ANCHORS[-1][-1])
+    far = (at - middle).abs().amax(-1)/stride
+    odd = (size[:, :, None, None, None]/torch.tensor(sizes, device=boxes.device)).log().abs()
+    far = torch.where(seen[:, :, None, None, None], far + 0*odd, 1e3)
+    nearest, index = far.min(1)
     odd = odd.expand_as(far).gather(1, index.unsqueeze(1))[:, 0]
     return index, (nearest < .8) & (odd < math.log(1.4)), (nearest < 1.4) & (odd < math.log(1.9))
 
 def detector_loss(maps, boxes, marks, seen):
     "Focal loss of the scores, absolute error of boxes and landmarks in anchor sizes; loss and mean landmark error in canvas pixels."
-    score = place = point = error = count = 0.; rows = torch.arange(len(boxes), device=boxes.device).view(-1, 1, 1, 1)
+    score = place = point = error = count = 0.
+    rows = torch.arange(len(boxes), device=boxes.device).view(-1, 1, 1, 1)
     for m, stride, sizes in zip(maps, STRIDES, ANCHORS):
-        index, right, near = assign(boxes, seen, stride, sizes); m = m.float(); logit = m[..., 0]; p = logit.sigmoid()
+        index, right, near = assign(boxes, seen, stride, sizes)
+        m = m.float()
+        logit = m[..., 0]
+        p = logit.sigmoid()
         focal = F.binary_cross_entropy_with_logits(logit, right.float(), reduction='none')*torch.where(right, 1 - p, p)**2
-        score = score + (focal*(right | ~near)).sum(); _, box, mark = decode(m, stride, sizes)
+        score = score + (focal*(right | ~near)).sum()
+        _, box, mark = decode(m, stride, sizes)
         size = torch.tensor(sizes, device=m.device).expand(right.shape)[right]
         place = place + ((box[right] - boxes[rows, index][right]).abs().mean(-1)/size).sum()
-        off = (mark[right] - marks[rows, index][right]).abs(); point = point + (off.mean((-1, -2))/size).sum()
+        off = (mark[right] - marks[rows, index][right]).abs()
+        point = point + (off.mean((-1, -2))/size).sum()
         error, count = error + off.detach().mean((-1, -2)).sum(), count + right.sum()
     count = count.clamp(min=1)
     return (score + 2*place + 20*point)/count, error/count
@@ -497,14 +627,21 @@ def find_faces(
     import cv2
     out = []
     for image in images.permute(0, 2, 3, 1).numpy():
-        x = cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR); x = torch.from_numpy((x.astype(np.float32) - 127.5)/128).permute(2, 0, 1)[None]
+        x = cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
+        x = torch.from_numpy((x.astype(np.float32) - 127.5)/128).permute(2, 0, 1)[None]
         with torch.no_grad(): answer = [torch.as_tensor(v)[0] for v in (model.run(None, {'input': x.numpy()}) if hasattr(model, 'run') else model(x))]
         score, box, mark = [], [], []
         for k, stride in enumerate(STRIDES):
-            n = size//stride; axis = torch.arange(n)*float(stride); at = torch.stack(torch.meshgrid(axis, axis, indexing='xy'), -1).reshape(-1, 1, 2).repeat_interleave(2, 0)
-            score.append(answer[k][:, 0]); side = answer[k + 3].view(-1, 2, 2)*stride; mark.append(at + answer[k + 6].view(-1, 5, 2)*stride)
+            n = size//stride
+            axis = torch.arange(n)*float(stride)
+            at = torch.stack(torch.meshgrid(axis, axis, indexing='xy'), -1).reshape(-1, 1, 2).repeat_interleave(2, 0)
+            score.append(answer[k][:, 0])
+            side = answer[k + 3].view(-1, 2, 2)*stride
+            mark.append(at + answer[k + 6].view(-1, 5, 2)*stride)
             box.append(torch.cat([at[:, 0] - side[:, 0], at[:, 0] + side[:, 1]], -1))
-        score, box, mark = torch.cat(score), torch.cat(box), torch.cat(mark); keep = _best_apart(score, box, threshold); scale = image.shape[0]/size
+        score, box, mark = torch.cat(score), torch.cat(box), torch.cat(mark)
+        keep = _best_apart(score, box, threshold)
+        scale = image.shape[0]/size
         out.append(dict(score=score[keep], box=box[keep]*scale, points=mark[keep]*scale))
     return out
 
@@ -513,7 +650,9 @@ def _best_apart(score, box, threshold, overlap=.4):
     left, keep = [int(i) for i in score.argsort(descending=True) if score[i] > threshold], []
     area = (box[:, 2:] - box[:, :2]).clamp(min=0).prod(-1)
     while left:
-        i = left.pop(0); keep.append(i); j = torch.tensor(left, dtype=torch.long)
+        i = left.pop(0)
+        keep.append(i)
+        j = torch.tensor(left, dtype=torch.long)
         both = (torch.minimum(box[i, 2:], box[j, 2:]) - torch.maximum(box[i, :2], box[j, :2])).clamp(min=0).prod(-1)
         left = j[both/(area[i] + area[j] - both) <= overlap].tolist()
     return keep
@@ -522,7 +661,8 @@ def judge_detector(model, n=200):
     "Held-out pictures: share of faces found, landmark error in eye distances, share of empty scenes with a face, at the sizes that matter."
     out = {}
     for size, at in ((64, 128), (64, 640), (256, 128), (256, 640)):
-        images, marks, _ = strangers(n if size == 64 else n//2, 1, seed=6, size=size); found = find_faces(model, (images*255).round().byte(), at)
+        images, marks, _ = strangers(n if size == 64 else n//2, 1, seed=6, size=size)
+        found = find_faces(model, (images*255).round().byte(), at)
         errors = [((f['points'][0] - m).norm(dim=-1).mean()/(m[0] - m[1]).norm()).item() for f, m in zip(found, marks) if len(f['score'])]
         out[f'{size} px at {at}'] = dict(found=sum(e < .25 for e in errors)/len(found), error=float(np.mean(errors or [1.])), extra=sum(len(f['score']) > 1 for f in found)/len(found))
     empty = (_lay(2*n, 64, torch.Generator().manual_seed(7))*255).round().byte()
@@ -531,7 +671,9 @@ def judge_detector(model, n=200):
 # %% ../../nbs/tiny/recognizer.ipynb #rc000070
 def save_state(state, path):
     "Write a checkpoint so that a stop in the middle leaves the old one whole."
-    part = Path(path).with_suffix('.part'); torch.save(state, part); part.replace(path)
+    part = Path(path).with_suffix('.part')
+    torch.save(state, part)
+    part.replace(path)
 
 def follow(
     training,    # a generator of `dict(step, loss, right or gauge, state, model)`
@@ -543,13 +685,17 @@ def follow(
 ):
     "Run a training to its end: progress, log lines, checkpoints; a checkpoint also when stopped. Returns the last report."
     from tqdm.auto import tqdm
-    began = saved = time.time(); report = None
+    began = saved = time.time()
+    report = None
     try:
         for report in tqdm(training, total=steps, initial=start, disable=None, mininterval=5):
-            step = report['step']; gauge = report.get('gauge') or f"right {float(report['right']):.3f}"
+            step = report['step']
+            gauge = report.get('gauge') or f"right {float(report['right']):.3f}"
             if step % every == 0 or step == steps:
                 print(f"step {step}/{steps}  loss {float(report['loss']):.3f}  {gauge}  {(time.time() - began)/(step - start):.3f} seconds a step", flush=True)
-            if time.time() - saved > keep: save_state(report['state'](), path); saved = time.time()
+            if time.time() - saved > keep:
+                save_state(report['state'](), path)
+                saved = time.time()
     finally:
         if report: save_state(report['state'](), path)
     return report
@@ -575,7 +721,8 @@ def _training(a, seed):
     from faceid_nb.tiny.people import photographs
     photos = torch.load(a.photos, mmap=True, weights_only=True) if a.photos else None if a.part == 'det' else photographs(20000, 4, batch=400)
     if a.part == 'det':
-        pools = detector_pools(photos, seed); begin = torch.load(a.begin, weights_only=True) if a.begin else None
+        pools = detector_pools(photos, seed)
+        begin = torch.load(a.begin, weights_only=True) if a.begin else None
         return lambda steps, state=None: learn_detector(pools, steps=steps, seed=seed, state=state, device=a.device, begin=begin, rate=2e-3 if begin else 4e-3)
     return lambda steps, state=None: learn_faces(photos, a.part, steps=steps, seed=seed, state=state, device=a.device, sharp=draw)
 
@@ -583,19 +730,29 @@ def main(argv=None):
     "`python -m faceid_nb.tiny.recognizer --part rec|judge|det --out DIR --minutes M`"
     import argparse
     a = argparse.ArgumentParser(prog='python -m faceid_nb.tiny.recognizer', description='Train a part of the tiny face pack and write its ONNX file.')
-    a.add_argument('--part', choices=['rec', 'judge', 'det'], required=True); a.add_argument('--out', required=True, help='folder for the ONNX file, the weights and the checkpoint')
-    a.add_argument('--minutes', type=float, default=5.); a.add_argument('--steps', type=int, help='instead of minutes: exactly repeatable')
-    a.add_argument('--resume', action='store_true', help='go on from the checkpoint in OUT'); a.add_argument('--device', default='cpu')
-    a.add_argument('--seed', type=int); a.add_argument('--photos', help='a table saved from people.photographs; drawn when not given (rec, judge)')
+    a.add_argument('--part', choices=['rec', 'judge', 'det'], required=True)
+    a.add_argument('--out', required=True, help='folder for the ONNX file, the weights and the checkpoint')
+    a.add_argument('--minutes', type=float, default=5.)
+    a.add_argument('--steps', type=int, help='instead of minutes: exactly repeatable')
+    a.add_argument('--resume', action='store_true', help='go on from the checkpoint in OUT')
+    a.add_argument('--device', default='cpu')
+    a.add_argument('--seed', type=int)
+    a.add_argument('--photos', help='a table saved from people.photographs; drawn when not given (rec, judge)')
     a.add_argument('--begin', help='weights (.pt) to begin with, for det')
-    a = a.parse_args(argv); out = Path(a.out); out.mkdir(parents=True, exist_ok=True); checkpoint = out/f'{a.part}.ckpt'
+    a = a.parse_args(argv)
+    out = Path(a.out)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out/f'{a.part}.ckpt'
     state = torch.load(checkpoint, weights_only=True) if a.resume and checkpoint.exists() else None
     seed = state['seed'] if state else a.seed if a.seed is not None else dict(rec=1, judge=2, det=3)[a.part]
-    make = _training(a, seed); began = time.time(); start = state['step'] if state else 0
+    make = _training(a, seed)
+    began = time.time()
+    start = state['step'] if state else 0
     steps = a.steps or (state['steps'] if state else 0) or max(20, int(a.minutes*60/seconds_a_step(make)))
     print(f'{a.part}: {steps} steps from {start}, seed {seed}, {a.device}; repeat with --steps {steps} --seed {seed}', flush=True)
     if start >= steps: return print('nothing left to do', flush=True)
-    model = follow(make(steps, state), steps, checkpoint, start)['model'].cpu().eval(); torch.save(model.state_dict(), out/f'{a.part}.pt')
+    model = follow(make(steps, state), steps, checkpoint, start)['model'].cpu().eval()
+    torch.save(model.state_dict(), out/f'{a.part}.pt')
     path = save_detector(model, out/'det.onnx') if a.part == 'det' else save_recognizer(model, out/f'{a.part}.onnx')
     print(f'{(time.time() - began)/60:.1f} minutes, {sum(p.numel() for p in model.parameters())/1e6:.2f} M parameters, {path} {path.stat().st_size/1e6:.1f} MB', flush=True)
     print(judge_detector(model) if a.part == 'det' else judge_faces(model), flush=True)

@@ -19,7 +19,8 @@ from ..train import add_noise, caption_ids, encode_sdxl, face_map, has_bf16, tar
 # %% ../../nbs/tiny/sdxl.ipynb #211691f3
 def some_captions(n=200, seed=0):
     "Captions of drawn people."
-    g = torch.Generator().manual_seed(seed); return drawn.captions(drawn.sample_identities(n, g), drawn.sample_scenes(n, g), random.Random(seed))
+    g = torch.Generator().manual_seed(seed)
+    return drawn.captions(drawn.sample_identities(n, g), drawn.sample_scenes(n, g), random.Random(seed))
 
 def first_encoder(
     text,     # the CLIPTextModel of the small Stable Diffusion
@@ -29,11 +30,17 @@ def first_encoder(
     "Generator of figures; the last holds the `encoder`, whose second-to-last states are what `text` says at its end."
     from transformers import CLIPTextConfig, CLIPTextModel
     encoder = CLIPTextModel(CLIPTextConfig(**text.config.to_dict() | dict(num_hidden_layers=text.config.num_hidden_layers + 2))).float()
-    encoder.load_state_dict(text.state_dict(), strict=False); opt = torch.optim.AdamW(encoder.parameters(), lr=lr, weight_decay=0); schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps)
+    encoder.load_state_dict(text.state_dict(), strict=False)
+    opt = torch.optim.AdamW(encoder.parameters(), lr=lr, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps)
     for step in range(steps):
         some = ids[torch.randint(len(ids), (batch,))]
         with torch.no_grad(): said = text(some).last_hidden_state
-        loss = (encoder(some, output_hidden_states=True).hidden_states[-2] - said).square().mean(); opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
+        loss = (encoder(some, output_hidden_states=True).hidden_states[-2] - said).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        schedule.step()
         if (step + 1) % log_every == 0: yield dict(step=step + 1, error=float(loss.detach()/said.square().mean())**.5)
     yield dict(encoder=encoder.eval())
 
@@ -70,13 +77,16 @@ def take_over(
             if k.endswith(('to_out.0.weight', 'to_out.0.bias', 'ff.net.2.weight', 'ff.net.2.bias')) or 'add_embedding.linear_2' in k: v.zero_()
         elif 'attn2.to_k' in k or 'attn2.to_v' in k: v[:, :d], v[:, d:] = was[k], .1*v[:, d:]     # the second encoder's columns: faint, but not dead
         else: v.copy_(was[k].reshape(v.shape))                                                    # a 1 x 1 convolution is a matrix
-    unet.load_state_dict(new); return unet
+    unet.load_state_dict(new)
+    return unet
 
 # %% ../../nbs/tiny/sdxl.ipynb #a91c6d58
 def sdxl_parts(sd, seed=0, text=None, **arguments):  # `text`, from `first_encoder`; None: made here, with these arguments
     "ModuleDict of unet, text and text_2 that begin as the pipeline `sd`."
     torch.manual_seed(seed)
-    if text is None: *_, f = first_encoder(sd.text_encoder.float(), word_ids(sd.tokenizer, some_captions(4000, seed) + ['']*50), **arguments); text = f['encoder']
+    if text is None:
+        *_, f = first_encoder(sd.text_encoder.float(), word_ids(sd.tokenizer, some_captions(4000, seed) + ['']*50), **arguments)
+        text = f['encoder']
     text_2 = second_encoder(sd.text_encoder)
     return nn.ModuleDict(dict(unet=take_over(new_unet_sdxl(sd.unet, text_2.config.hidden_size), sd.unet), text=text, text_2=text_2))
 
@@ -90,13 +100,18 @@ def train_sdxl(
 ):
     "Generator of figures; the last holds the `parts`."
     from diffusers.models.attention_processor import AttnProcessor
-    parts = sdxl_parts(sd, seed, **first or {}).to(device).train(); torch.manual_seed(seed); unet = parts['unet'].to(memory_format=torch.channels_last)
+    parts = sdxl_parts(sd, seed, **first or {}).to(device).train()
+    torch.manual_seed(seed)
+    unet = parts['unet'].to(memory_format=torch.channels_last)
     alpha_bar, empty, n = card_scheduler().alphas_cumprod.to(device), caption_ids(sd.tokenizer, [''])[0], len(data['latents'])
     if device == 'cpu': unet.set_attn_processor(AttnProcessor())
     def loss(step):
-        j = torch.randint(0, n, (batch,)); z = data['latents'][j].to(device).float()
-        ids = data['ids'][torch.randint(0, len(data['ids']), (batch,)), j].long(); ids = torch.where(torch.rand(batch, 1) < .1, empty, ids).to(device)
-        x, t, noise = add_noise(z, alpha_bar, torch.default_generator); target, weight = target_and_weight(x, noise, t, alpha_bar)
+        j = torch.randint(0, n, (batch,))
+        z = data['latents'][j].to(device).float()
+        ids = data['ids'][torch.randint(0, len(data['ids']), (batch,)), j].long()
+        ids = torch.where(torch.rand(batch, 1) < .1, empty, ids).to(device)
+        x, t, noise = add_noise(z, alpha_bar, torch.default_generator)
+        target, weight = target_and_weight(x, noise, t, alpha_bar)
         with torch.autocast(device, torch.bfloat16, has_bf16(device)):
             states, added = encode_sdxl(parts['text'], parts['text_2'], ids, 64, sd.tokenizer.pad_token_id)
             predicted = unet(x.contiguous(memory_format=torch.channels_last), t, states, added_cond_kwargs=added).sample
@@ -111,14 +126,23 @@ def save_sdxl(parts, sd, out, dtype=torch.float16):  # `sd` lends its VAE and to
     parts['unet'].set_attn_processor(AttnProcessor2_0())
     pipe = StableDiffusionXLPipeline(vae=sd.vae, text_encoder=parts['text'], text_encoder_2=parts['text_2'], tokenizer=sd.tokenizer, tokenizer_2=sd.tokenizer, unet=parts['unet'], scheduler=card_scheduler(),
                                      force_zeros_for_empty_prompt=False, add_watermarker=False)
-    pipe.to(dtype).save_pretrained(out, safe_serialization=True); finish_folder(out); return pipe
+    pipe.to(dtype).save_pretrained(out, safe_serialization=True)
+    finish_folder(out)
+    return pipe
 
 # %% ../../nbs/tiny/sdxl.ipynb #3d7e8eff
 def main(argv=None):
     "`python -m faceid_nb.tiny.sdxl --parts DIR --sd FOLDER --out FOLDER`"
     a = argparse.ArgumentParser(prog='python -m faceid_nb.tiny.sdxl', description='Train the SDXL-shaped base of the tiny pack on from the small Stable Diffusion.')
-    a.add_argument('--parts', required=True, type=Path, help='folder with photos.pt and latents.pt'); a.add_argument('--sd', required=True, help='pipeline to start from'); a.add_argument('--out', required=True, type=Path, help='pipeline folder to write')
-    a.add_argument('--minutes', type=float, default=15); a.add_argument('--lr', type=float, default=3e-4); a.add_argument('--resume', action='store_true'); a.add_argument('--seed', type=int, default=0); a.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu'); a = a.parse_args(argv)
+    a.add_argument('--parts', required=True, type=Path, help='folder with photos.pt and latents.pt')
+    a.add_argument('--sd', required=True, help='pipeline to start from')
+    a.add_argument('--out', required=True, type=Path, help='pipeline folder to write')
+    a.add_argument('--minutes', type=float, default=15)
+    a.add_argument('--lr', type=float, default=3e-4)
+    a.add_argument('--resume', action='store_true')
+    a.add_argument('--seed', type=int, default=0)
+    a.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    a = a.parse_args(argv)
     from faceid_nb.models import load_pipeline
     sd = load_pipeline(a.sd)
     for f in train_sdxl(captioned(a.parts, sd.tokenizer), sd, a.parts, a.minutes, lr=a.lr, device=a.device, seed=a.seed, resume=a.resume):
