@@ -31,7 +31,7 @@ def readme(
     text, resources = MarkdownExporter().from_notebook_node(nb)
     if resources.get('outputs'): raise ValueError('a visible cell of index.ipynb shows a picture: save it under nbs/images and link it from a text cell')
     text = re.sub(r'\]\((images/[^)]+)\)', r'](nbs/\1)', text)             # pictures, relative to the README
-    text = re.sub(r'\]\(((?:tiny/|walkthroughs/)?[\w-]+\.ipynb)\)', r'](nbs/\1)', text)  # and notebooks
+    text = re.sub(r'\]\(((?:[a-z]+/)?[\w-]+\.ipynb)\)', r'](nbs/\1)', text)  # and notebooks
     text = re.sub(r'[ \t]+$', '', text, flags=re.M)
     return '<!-- made from nbs/index.ipynb by tests/make_readme.py -->\n\n' + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 

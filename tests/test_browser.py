@@ -74,7 +74,7 @@ def page(lab, browser):
     page.wrong, page.asked = [], set()
     page.on('pageerror', lambda e: page.wrong.append(str(e)))
     page.on('request', lambda r: page.asked.add(r.url))
-    page.goto(f'{lab}/lab/tree/17_dashboard.ipynb?token={TOKEN}')
+    page.goto(f'{lab}/lab/tree/studio/44_dashboard.ipynb?token={TOKEN}')
     page.locator('.jp-Notebook').wait_for()
     page.get_by_text('Python 3 (ipykernel) | Idle').wait_for()
     page.wait_for_timeout(1000)

@@ -236,7 +236,7 @@ def test_lab_copies_once_and_keeps_changes(tmp_path):
     new, old = cli.copy_notebooks(tmp_path/'lab')
     assert new > 3 and old == 0 and (tmp_path/'lab'/'index.ipynb').exists() and (tmp_path/'lab'/'tiny'/'people.ipynb').exists()
     (tmp_path/'lab'/'index.ipynb').write_text('mine')
-    (tmp_path/'lab'/'00_errors.ipynb').unlink()
+    (tmp_path/'lab'/'method'/'00_errors.ipynb').unlink()
     assert cli.copy_notebooks(tmp_path/'lab') == (1, new - 1)
     assert (tmp_path/'lab'/'index.ipynb').read_text() == 'mine'
 
