@@ -13,11 +13,11 @@ OFFLINE = dict(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', HF_HUB_DISABLE_TELE
 os.environ.update(OFFLINE)
 if 'PYTEST_XDIST_WORKER' in os.environ:   # several workers share the cores: more threads than that wait for each other
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1)))))
-sys.path.insert(0, str(ROOT/'tests'/'offline'))
+sys.path.insert(0, str(ROOT/'tests'/'support'/'offline'))
 import sitecustomize  # noqa: E402  (here too a connection fails; a machine may have loaded its own sitecustomize)
 if not hasattr(sitecustomize, 'connect'):
     import runpy
-    runpy.run_path(str(ROOT/'tests'/'offline'/'sitecustomize.py'))
+    runpy.run_path(str(ROOT/'tests'/'support'/'offline'/'sitecustomize.py'))
 
 
 def notebooks(root=ROOT):
@@ -46,7 +46,7 @@ def copy_project(to, root=ROOT):
 
 def environment(**more):
     "Variables of a child process: offline, and this checkout first on the path."
-    path = os.pathsep.join([str(ROOT/'tests'/'offline'), str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
+    path = os.pathsep.join([str(ROOT/'tests'/'support'/'offline'), str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
     return {**os.environ, **OFFLINE, 'PYTHONPATH': path, **more}
 
 

@@ -320,7 +320,7 @@ faceid_nb.measure.find_judge = lambda reader: False
 from faceid_nb.cli import main
 sys.exit(main(['portrait', sys.argv[2], 'a', '--quiet', '--out', sys.argv[3]]))
 '''
-    p = subprocess.Popen([sys.executable, '-c', source, str(ROOT/'tests'), str(photo), str(tmp_path/'out')], env=environment(), stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, '-c', source, str(ROOT/'tests'/'support'), str(photo), str(tmp_path/'out')], env=environment(), stderr=subprocess.PIPE, text=True)
     for line in p.stderr:
         if 'ready' in line: break
     p.send_signal(signal.SIGINT)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-HERE = Path(__file__).parent / 'goldens'
+HERE = Path(__file__).parents[1] / 'goldens'
 sys.path.insert(0, str(HERE))
 from fill import fill_  # noqa: E402
 

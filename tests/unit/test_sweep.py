@@ -8,6 +8,7 @@ from faceid_nb import sweep as S
 from faceid_nb.errors import ArgumentError, FaceIDError
 from faceid_nb.faceid import read_record
 from faceid_nb.sweep import Sweep, batches, find_settings, identify, read_table, weights_hash
+import helpers_sweep
 from helpers_sweep import FACE, FakeModel, fast_sweep
 
 AXES = dict(s_scale=[0, .5, 1], seed=[0, 1, 2])
@@ -230,7 +231,7 @@ def test_stop_is_heard_in_the_middle_of_a_batch(tmp_path):
 @pytest.mark.parametrize('after', [1, 7, 18])
 def test_kill_nine(tmp_path, after):
     "A process is killed with so many pictures there; nothing is lost, doubled or half."
-    code = f"import sys; sys.path.insert(0, {str(os.path.dirname(__file__))!r}); from helpers_sweep import *; [print(c.key, flush=True) for c in fast_sweep(dict(seed=range(24)), FakeModel(pause=.01)).run(sys.argv[1], batch_size=3, progress=False)]"
+    code = f"import sys; sys.path.insert(0, {str(os.path.dirname(helpers_sweep.__file__))!r}); from helpers_sweep import *; [print(c.key, flush=True) for c in fast_sweep(dict(seed=range(24)), FakeModel(pause=.01)).run(sys.argv[1], batch_size=3, progress=False)]"
     p = subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     said = []
     while len(pictures(tmp_path)) < after and p.poll() is None: time.sleep(.001)

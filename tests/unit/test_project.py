@@ -49,7 +49,7 @@ def test_cleaning_changes_nothing(tmp_path):
 
 def test_readme_is_the_index():
     from make_readme import readme
-    assert (ROOT/'README.md').read_text(encoding='utf-8') == readme(), 'run: python tests/make_readme.py'
+    assert (ROOT/'README.md').read_text(encoding='utf-8') == readme(), 'run: python tools/make_readme.py'
 
 
 def test_readme_links_lead_somewhere():

@@ -1,4 +1,4 @@
-"README.md from nbs/index.ipynb: `python tests/make_readme.py` writes it, and a test says that the two agree."
+"README.md from nbs/index.ipynb: `python tools/make_readme.py` writes it, and a test says that the two agree."
 from pathlib import Path
 import re
 import nbformat
@@ -33,7 +33,7 @@ def readme(
     text = re.sub(r'\]\((images/[^)]+)\)', r'](nbs/\1)', text)             # pictures, relative to the README
     text = re.sub(r'\]\(((?:[a-z]+/)?[\w-]+\.ipynb)\)', r'](nbs/\1)', text)  # and notebooks
     text = re.sub(r'[ \t]+$', '', text, flags=re.M)
-    return '<!-- made from nbs/index.ipynb by tests/make_readme.py -->\n\n' + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
+    return '<!-- made from nbs/index.ipynb by tools/make_readme.py -->\n\n' + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 
 if __name__ == '__main__':

@@ -26,7 +26,7 @@ def test_runs(project, name, monkeypatch):
     client.execute()
     if name == 'index.ipynb':
         made = [words(c) for c in nb.cells if c.cell_type == 'code']
-        assert made == stored, 'a table of index.ipynb is out of date: run it again, then tests/make_readme.py'
+        assert made == stored, 'a table of index.ipynb is out of date: run it again, then tools/make_readme.py'
 
 
 def test_cells_that_do_not_run_are_listed():

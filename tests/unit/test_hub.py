@@ -23,7 +23,7 @@ END = '\nsys.stdout.flush(); sys.stderr.flush(); os._exit(0)      # torch takes 
 
 def child(code, hub, home, **more):
     "Run code in a fresh process whose hub is the server; what it prints last, as JSON."
-    env = {k: v for k, v in os.environ.items() if k not in ALONE} | dict(HF_ENDPOINT=hub if isinstance(hub, str) else hub.url, HF_HOME=str(home), PYTHONPATH=f"{ROOT/'tests'/'offline'}{os.pathsep}{ROOT}", HF_HUB_DISABLE_TELEMETRY='1', **more)
+    env = {k: v for k, v in os.environ.items() if k not in ALONE} | dict(HF_ENDPOINT=hub if isinstance(hub, str) else hub.url, HF_HOME=str(home), PYTHONPATH=f"{ROOT/'tests'/'support'/'offline'}{os.pathsep}{ROOT}", HF_HUB_DISABLE_TELEMETRY='1', **more)
     r = subprocess.run([sys.executable, '-c', START + code + END], env=env, capture_output=True, text=True, timeout=240)
     assert r.returncode == 0, r.stderr[-2000:]
     return json.loads(r.stdout.splitlines()[-1]), r.stderr

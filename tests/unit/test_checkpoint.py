@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from faceid_nb import checkpoint as C
 from faceid_nb.errors import (ArgumentError, BaseModelError, CheckpointError, LoRAError, UnsafeCheckpointError, VariantError)
 
-GOLD = Path(__file__).parent / 'goldens'
+GOLD = Path(__file__).parents[1] / 'goldens'
 cases = json.loads((GOLD / 'cases.json').read_text())
 _spec = importlib.util.spec_from_file_location('golden_fill', GOLD / 'fill.py')
 fill = importlib.util.module_from_spec(_spec)
