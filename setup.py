@@ -31,7 +31,7 @@ DATA = [f'weights/**/*.{suffix}' for suffix in 'onnx safetensors json jsonl txt 
 
 
 class WithNotebooks(build_py):
-    "The wheel carries a copy of the notebooks: `faceid-nb lab` has something to open wherever it is installed."
+    "The wheel carries a copy of the notebooks, which `faceid-nb lab` opens wherever it is installed."
     def run(self):
         super().run()
         if getattr(self, 'editable_mode', False): return  # an editable install reads nbs/ itself

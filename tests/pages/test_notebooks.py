@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT, environment, notebooks
 from nbclient import NotebookClient
 
-LIMIT = 420   # seconds for a notebook on a slow, busy machine with two cores; they are written for less than 60
+LIMIT = 420   # seconds for a notebook on a slow, busy machine; they are written for less than 60
 # notebook: number of cells that may say `#| eval: false` (they need a GPU or the official weights)
 FLAGGED = {}
 NAMES = [str(path.relative_to(ROOT/'nbs')) for path in notebooks()]
@@ -43,7 +43,7 @@ def test_runs(project, name, monkeypatch):
     nb.cells = [cell for cell in nb.cells if not is_flagged(cell)]
     execute(nb, path.parent)
     if name == 'index.ipynb':
-        assert tables(nb) == stored, 'a table is out of date: run index.ipynb again, then tools/make_readme.py'
+        assert tables(nb) == stored, 'a table is out of date: run index.ipynb, then tools/make_readme.py'
 
 
 def test_cells_that_do_not_run_are_listed():

@@ -218,6 +218,10 @@ except AttributeError as e: print('no_such_name' in str(e))
     assert out == 'True True\nTrue\n'
 
 
+def names_in(target):
+    return {node.id for node in ast.walk(target) if isinstance(node, ast.Name)}
+
+
 def names_bound(node):
     "The names that a statement of a module binds."
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)): return {node.name}
@@ -225,7 +229,7 @@ def names_bound(node):
         return {(alias.asname or alias.name).split('.')[0] for alias in node.names}
     if not isinstance(node, (ast.Assign, ast.AnnAssign)): return set()
     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-    return {target.id for target in targets if isinstance(target, ast.Name)}
+    return set().union(*(names_in(target) for target in targets))
 
 
 @pytest.mark.parametrize('name', [m for m in MODULES if not m.endswith('_modidx') and file_of(m).exists()])
