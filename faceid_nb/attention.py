@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['split_heads', 'attend', 'attention_weights', 'DecoupledAttention', 'check_processor', 'cross_attention_layers',
-           'guidance_rows']
+           'base_facts']
 
 # %% ../nbs/method/04_attention.ipynb #799f2719
 import torch, torch.nn.functional as F
 from diffusers.models import attention_processor as dap
-from .errors import ArgumentError, GuidanceError
+from .errors import ArgumentError
 
 # %% ../nbs/method/04_attention.ipynb #7313c55d
 def split_heads(x, heads):
@@ -88,29 +88,25 @@ def cross_attention_layers(
     paths = [name.removesuffix('.processor') for name in unet.attn_processors]
     return [(p, unet.get_submodule(p), p.endswith('attn2')) for p in paths]
 
-# %% ../nbs/method/04_attention.ipynb #846343ce
-def guidance_rows(
-    batch,            # rows that the UNet was given
-    rows,             # rows that carry an identity, n; a single one may serve any number of samples
-    parts=None,       # copies of every sample: 1 without guidance, 2 with it, 3 for InstructPix2Pix; None: work it out
-    repeats=lambda p: True,  # whether the batch consists of p equal parts: with guidance the UNet sees every sample p times
-    says=None,        # what the pipeline says of itself: guidance on, off, or None where nobody knows
-    three_way=False,  # the UNet is InstructPix2Pix's, the only one whose three parts are known
-):
-    "Row of the batch -> (which identity (batch,), whether it reads it (batch,)); the others are the unconditional rows."
-    found = f'Found {batch} rows for {rows} {"identity" if rows == 1 else "identities"}'
-    fits = lambda p: batch % p == 0 and (batch // p == rows or rows == 1)
-    if parts is None:
-        order = sorted((1, 2, 3), key=lambda p: (p * rows != batch, p == 1))       # the exact count first
-        parts = next((p for p in order if fits(p) and (p == 1 or repeats(p))), 0)
-        if parts == 1 and says and batch % 2 == 0 and repeats(2) or parts == 2 and says is False:
-            raise GuidanceError('It is not clear which rows of the batch are unconditional', f'{found}, and the pipeline says that guidance is {"on" if says else "off"}',
-                                'Pass guidance=1 (off) or guidance=2 (on), and num_images_per_prompt, to condition()')
-    if parts not in (1, 2, 3) or not fits(parts):
-        raise GuidanceError('The batch does not fit the identities', f'{found}; {rows} (no guidance) or {2 * rows} (guidance) would',
-                            'Give one face per prompt, and condition() the same num_images_per_prompt as the pipeline')
-    if parts == 3 and not three_way:
-        raise GuidanceError('The batch holds three copies of every sample', f'{found}, and the UNet is not InstructPix2Pix', 'Switch that kind of guidance off')
-    m = batch // parts
-    reads = {1: [True], 2: [False, True], 3: [True, False, False]}[parts]          # diffusers' order
-    return (torch.arange(m) % rows).repeat(parts), torch.tensor(reads).repeat_interleave(m)
+# %% ../nbs/method/04_attention.ipynb #1142ee24
+def base_facts(
+    pipe,  # a Stable Diffusion or SDXL pipeline
+) -> dict:
+    "What an adapter has to know of a base model, and what else tells SDXL from Stable Diffusion 1.5."
+    unet, c = pipe.unet, pipe.unet.config
+    layers = cross_attention_layers(unet)
+    cross = [attn for _, attn, is_cross in layers if is_cross]
+    encoders = [pipe.text_encoder, getattr(pipe, 'text_encoder_2', None)]
+    encoders = [e for e in encoders if e is not None]
+    return {
+        'text encoders': len(encoders),
+        'width of their states': ' + '.join(str(e.config.hidden_size) for e in encoders),
+        'width of a word': c.cross_attention_dim,
+        'attention layers': len(layers),
+        'of which read words': len(cross),
+        'widths of those': sorted({a.inner_dim for a in cross}),
+        'transformer layers by level': c.transformer_layers_per_block,
+        'linear projections': bool(c.use_linear_projection),
+        'also told to the UNet': c.addition_embed_type or 'nothing',
+        'parameters (million)': round(sum(p.numel() for p in unet.parameters()) / 1e6, 1),
+    }

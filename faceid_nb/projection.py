@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MLPProjection', 'PerceiverAttention', 'perceiver_feedforward', 'FacePerceiverResampler', 'PlusProjection',
-           'projection_from_state']
+           'projection_from_state', 'RawProjection']
 
 # %% ../nbs/method/03_projection.ipynb #c2d38e53
 import torch, torch.nn.functional as F
@@ -128,3 +128,25 @@ def projection_from_state(
     try: model.load_state_dict({k: v.float() for k, v in state.items()})
     except RuntimeError as e: raise CheckpointError('The projection tensors do not fit together', str(e).split('\n')[1].strip(), 'The file is damaged or of another kind') from e
     return model
+
+# %% ../nbs/method/03_projection.ipynb #5c707545
+class RawProjection(FacePerceiverResampler):
+    "Unnormalised Portrait: learnt queries read an embedding as the recogniser gives it. Parameter names are those of the official file."
+    def __init__(self, state):  # the `image_proj` section of a checkpoint
+        try:
+            depth, heads = 1 + max(int(k.split('.')[1]) for k in state if k.startswith('layers.')), len(state['layers.0.0.to_q.weight']) // 64
+            super().__init__(state['latents'].shape[-1], depth, 64, heads, state['proj_in.weight'].shape[1], len(state['proj_out.weight']))
+            self.latents = nn.Parameter(torch.empty(state['latents'].shape))   # (1, T, dim)
+            self.load_state_dict({k: v.float() for k, v in state.items()})
+        except (KeyError, ValueError, RuntimeError) as e: raise CheckpointError('The projection tensors do not fit together', str(e).split('\n')[-1].strip(), 'The file is damaged or of another kind') from e
+        self.num_tokens, self.cross_attention_dim = self.latents.shape[1], self.proj_out.out_features
+    @property
+    def proj(self): return [self.proj_in]     # where the embedding enters, and
+    @property
+    def norm(self): return self.norm_out      # where tokens leave: as the other projections call them
+    def forward(self,
+        embeds,  # (B, 512), or (B, k, 512) for k photographs of one person
+    ):
+        "-> (B, k * num_tokens, d)"
+        x = embeds.reshape(-1, 1, embeds.shape[-1])                            # (B * k, 1, 512)
+        return super().forward(self.latents.expand(len(x), -1, -1), x).reshape(len(embeds), -1, self.cross_attention_dim)

@@ -215,7 +215,7 @@ def start_from(
 
 def train_tiny(parts, out, sd=None, recogniser=None, pack=None, init=None, variant='faceid', encoder=None, several=None, init_sd=None, lessons=0, structure_weight=0., reader_steps=1000, **settings):
     "Generator of figures: train a tiny adapter on the parts in a folder, from nothing or from the file `init`; Plus and PlusV2 after so many `lessons`, with a structure loss where it has a weight."
-    from faceid_nb.plus import StructureEncoder
+    from faceid_nb.encoder import StructureEncoder
     from faceid_nb.train import load_base
     pipe = load_base(str(sd or Path(parts)/'sd'))
     scores = lesson_scores(_load(parts, 'photos.pt', '')) if lessons or structure_weight else None

@@ -4,8 +4,9 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from diffusers.models.attention_processor import (Attention, AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, IPAdapterAttnProcessor,
                                                   IPAdapterAttnProcessor2_0, SlicedAttnProcessor)
-from faceid_nb.attention import DecoupledAttention, attend, attention_weights, check_processor, cross_attention_layers, guidance_rows, split_heads
+from faceid_nb.attention import DecoupledAttention, attend, attention_weights, check_processor, cross_attention_layers, split_heads
 from faceid_nb.errors import ArgumentError, GuidanceError
+from faceid_nb.guidance import guidance_rows
 import goldens_build as G
 
 quick = settings(max_examples=25, deadline=None)

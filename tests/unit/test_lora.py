@@ -157,7 +157,7 @@ def test_an_exception_half_way_is_undone(monkeypatch, fold):
     assert same(net, before) and not any(m._forward_hooks for m in net.modules())
 
 def test_official_file_names_meet_the_unet(tmp_path):
-    from faceid_nb.checkpoint import lora_from_checkpoint, read_lora
+    from faceid_nb.lora import lora_from_checkpoint, read_lora
     unet = G.unet()
     names = list(unet.attn_processors)
     separate = read_lora(G.write_checkpoint('ip-adapter-faceid_sd15_lora.safetensors', tmp_path))
