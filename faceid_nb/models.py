@@ -148,7 +148,7 @@ def load(
     from faceid_nb.face import FaceReader, download_pack
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from faceid_nb.faceid import FaceID
-    from faceid_nb.plus import StructureEncoder
+    from faceid_nb.encoder import StructureEncoder
     root = folder if folder is not None and (Path(folder) / 'models' / m.pack).is_dir() else TINY if m.repo is None else None
     if download and root is None and not HF_HUB_OFFLINE: download_pack(m.pack)   # nothing to do where it is there
     reader = FaceReader(m.pack, root=root, providers=providers or ('cpu' if device.type == 'cpu' else None))
