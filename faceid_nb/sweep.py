@@ -126,11 +126,11 @@ def as_axis(name, values) -> dict:  # label -> value
 
 def check_names(names, model):
     "Raise ArgumentError for a name that is no argument of `generate`."
-    from faceid_nb.faceid import _KNOBS, FaceID
+    from faceid_nb.faceid import KNOBS, FaceID
     from faceid_nb.models import no_bars
     with no_bars(): from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     kinds = (StableDiffusionXLPipeline if 'sdxl' in model else StableDiffusionPipeline,) if isinstance(model, str) else (type(model.pipe),) if model else (StableDiffusionPipeline, StableDiffusionXLPipeline)
-    ours = {*inspect.signature(FaceID.generate).parameters, *_KNOBS, 'model'} - {'self', 'num_samples', 'batch_size', 'on_step', 'more'}
+    ours = {*inspect.signature(FaceID.generate).parameters, *KNOBS, 'model'} - {'self', 'num_samples', 'batch_size', 'on_step', 'more'}
     for name in names:
         if name == 'num_samples': raise ArgumentError('A cell is one picture, so num_samples is not taken', '', 'Sweep over seed instead: seed=[0, 1, 2, 3]')
         if name in ours or any(name in inspect.signature(k.__call__).parameters for k in kinds): continue
