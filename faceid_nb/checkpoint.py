@@ -5,14 +5,12 @@
 # %% auto #0
 __all__ = ['BASES', 'VARIANTS', 'pickle_globals', 'sniff', 'read_tensors', 'base_of', 'Checkpoint', 'nest', 'reads_raw',
            'check_tensors', 'read_shapes', 'infer_variant', 'check_state', 'read_checkpoint', 'atomic',
-           'save_checkpoint', 'convert', 'tree', 'lora_key', 'normal_lora', 'read_lora', 'lora_from_checkpoint',
-           'lora_into_checkpoint', 'save_lora', 'split_lora', 'join_lora', 'to_diffusers', 'from_diffusers',
-           'check_fits']
+           'save_checkpoint', 'tree', 'check_fits']
 
 # %% ../nbs/method/06_checkpoint.ipynb #cb6cbba9
 import io, os, pickletools, re, uuid, zipfile
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
@@ -271,10 +269,6 @@ def save_checkpoint(
         else: save_safetensors({f'{s}.{k}': t.clone() for s, ts in state.items() for k, t in ts.items()}, part, {'format': 'pt', 'faceid_variant': checked.variant})
     return path
 
-def convert(source, target, variant=None):
-    "Rewrite a checkpoint in the layout that `target`'s suffix names, `.bin` or `.safetensors`; the tensors stay the same bits."
-    return save_checkpoint(read_checkpoint(source, variant), target)
-
 # %% ../nbs/method/06_checkpoint.ipynb #eaa01a19
 def tree(checkpoint: Checkpoint, layers=2) -> str:  # how many layers to write out
     "The names, shapes and bytes of a checkpoint as an indented text."
@@ -285,155 +279,6 @@ def tree(checkpoint: Checkpoint, layers=2) -> str:  # how many layers to write o
     out.append(f'  ip_adapter  {size(checkpoint.ip_adapter) / 1e6:.2f} MB, {len(numbers)} layers')
     out += [line(k, t) for k, t in checkpoint.ip_adapter.items() if int(k.split('.')[0]) in numbers[:layers]]
     return '\n'.join(out + [f'    ... {len(numbers) - layers} more layers'] * (len(numbers) > layers))
-
-# %% ../nbs/method/06_checkpoint.ipynb #ddb057fc
-_HALF = re.compile(r'^(.*?)[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.default(?:_\d+)?)?\.weight$')
-_ALPHA = re.compile(r'^(.*?)(?:\.lora)?\.(?:network_)?alpha$')
-_WORDS = ('down_blocks', 'up_blocks', 'mid_block', 'transformer_blocks', 'to_q', 'to_k', 'to_v', 'to_out', 'proj_in', 'proj_out')
-
-def lora_key(key: str):
-    "One key of a LoRA file as (module path in the UNet, 'down' | 'up' | 'alpha'), or None where it is none of a UNet's."
-    m = _HALF.match(key)
-    path, half = (m[1], {'A': 'down', 'B': 'up'}.get(m[2], m[2])) if m else ((a[1], 'alpha') if (a := _ALPHA.match(key)) else (None, None))
-    if path is None or re.match(r'(lora_te|text_encoder)', path): return None
-    if path.startswith('lora_unet_'):  # underscores throughout: give the dots back
-        path = path.removeprefix('lora_unet_').replace('_', '.')
-        for word in _WORDS: path = re.sub(rf'(^|\.){word.replace("_", "[.]")}(?=\.|$)', rf'\g<1>{word}', path)
-    path = re.sub(r'^(base_model\.model\.|unet\.)+', '', path).replace('.processor', '')
-    if not path.startswith(('down_blocks', 'up_blocks', 'mid_block')): return None
-    return re.sub(r'\.to_out$', '.to_out.0', path), half
-
-# %% ../nbs/method/06_checkpoint.ipynb #b90bb6d3
-def normal_lora(tensors, name='This LoRA') -> dict:
-    "A LoRA's tensors as {'PATH.down': (r, in), 'PATH.up': (out, r)}, alpha multiplied in. Raises `LoRAError`."
-    if not isinstance(tensors, dict): raise LoRAError(f'{name} holds no table of tensors', f'It holds a {type(tensors).__name__}', 'Give a LoRA file')
-    if {'image_proj', 'ip_adapter'} & {str(k).split('.')[0] for k in tensors}: raise LoRAError(f'{name} is a FaceID checkpoint, not its separate LoRA', 'It holds image_proj and ip_adapter', 'Give the file whose name ends in _lora')
-    out, alphas = {}, {}
-    for key, t in tensors.items():
-        where = lora_key(str(key)) if torch.is_tensor(t) else None
-        if where is None: raise LoRAError(f'{name} is not a LoRA for a UNet', f'It has {key}', 'Give the LoRA that belongs to the checkpoint')
-        if where[1] == 'alpha': alphas[where[0]] = float(t)
-        else: out['.'.join(where)] = t
-    for key, t in out.items():
-        path, _, half = key.rpartition('.')
-        pair = out.get(f'{path}.down'), out.get(f'{path}.up')
-        if None in [p if p is None else 0 for p in pair]: raise LoRAError(f'{name} is incomplete', f'{path} has only its {half} half', 'Download the file again')
-        if any(p.ndim != 2 for p in pair) or pair[0].shape[0] != pair[1].shape[1]: raise LoRAError(f'{name}: the halves of {path} do not fit', f'down {tuple(pair[0].shape)}, up {tuple(pair[1].shape)}', 'The file was damaged, or is a LoRA of another kind')
-        if not torch.isfinite(t).all(): raise LoRAError(f'{name}: {key} has numbers that are not finite', '', 'The file was damaged: download it again')
-    if not out: raise LoRAError(f'{name} has no LoRA in it', f'{len(tensors)} entries', 'Give the LoRA that belongs to the checkpoint')
-    for path, alpha in alphas.items():
-        if f'{path}.up' in out: out[f'{path}.up'] = out[f'{path}.up'] * (alpha / out[f'{path}.up'].shape[1])
-    return out
-
-def read_lora(path) -> dict:  # .safetensors or .bin, any dialect
-    "The separate LoRA file with keys '<module path in the UNet>.down' and '.up'. Raises `LoRAError`, `CheckpointError`."
-    path = Path(path)
-    return normal_lora(read_tensors(path)[0], path.name)
-
-# %% ../nbs/method/06_checkpoint.ipynb #e55398cf
-_PART = {'q': 'to_q', 'k': 'to_k', 'v': 'to_v', 'out': 'to_out.0'}
-
-def lora_from_checkpoint(ip_adapter: dict, processors) -> dict:  # names of `unet.attn_processors`, in order
-    "The LoRA inside a checkpoint under the names of the separate file: {'PATH.down': ..., 'PATH.up': ...}."
-    out, names = {}, [n.removesuffix('.processor') for n in processors]
-    for key, t in ip_adapter.items():
-        if m := re.match(r'^(\d+)\.to_(q|k|v|out)_lora\.(down|up)\.weight$', key):
-            if int(m[1]) >= len(names): raise BaseModelError('The LoRA in this checkpoint is for another UNet', f'It has layer {m[1]}, the UNet has {len(names)} attention layers', 'Load the base model that the checkpoint was made for')
-            out[f'{names[int(m[1])]}.{_PART[m[2]]}.{m[3]}'] = t
-    return out
-
-def lora_into_checkpoint(lora: dict, processors) -> dict:
-    "The other way: entries for `ip_adapter` from {'PATH.down': ..., 'PATH.up': ...}."
-    number = {f'{n.removesuffix(".processor")}.{part}': (i, short) for i, n in enumerate(processors) for short, part in _PART.items()}
-    out = {}
-    for key, t in lora.items():
-        path, _, half = key.rpartition('.')
-        if path not in number: raise LoRAError('This LoRA is for another UNet', f'It has {path}, which is no attention layer here', 'Load the base model that the LoRA was made for')
-        out['{}.to_{}_lora.{}.weight'.format(*number[path], half)] = t
-    return out
-
-def save_lora(lora: dict, path):  # normalised keys, as `read_lora` gives them
-    "Write the separate LoRA file in the layout that diffusers loads, all or nothing. Returns the path."
-    names = {'down': 'lora_A', 'up': 'lora_B'}
-    flat = {'unet.{}.{}.weight'.format(k.rpartition('.')[0], names[k.rpartition('.')[2]]): t.detach().cpu().clone().contiguous() for k, t in lora.items()}
-    with atomic(path) as part: save_safetensors(flat, part, {'format': 'pt'})
-    return Path(path)
-
-# %% ../nbs/method/06_checkpoint.ipynb #ea2c7d17
-def split_lora(
-    source, target, lora_target,  # the checkpoint; where it goes without its LoRA, and where the LoRA goes
-    processors,                   # names of `unet.attn_processors`, in order
-    variant=None,
-):
-    "A checkpoint as two files, as the official release has them. Returns both paths. Raises `LoRAError` where there is no LoRA inside."
-    c = read_checkpoint(source, variant)
-    lora = lora_from_checkpoint(c.ip_adapter, processors)
-    if not lora: raise LoRAError(f'{Path(source).name} has no LoRA inside', f'it is {c.variant}', 'There is nothing to split')
-    bare = replace(c, ip_adapter={k: t for k, t in c.ip_adapter.items() if '_lora.' not in k}, lora_rank=0)
-    beside = save_lora(lora, lora_target)   # first: `target` may be `source`
-    return save_checkpoint(bare, target), beside
-
-def join_lora(
-    source, lora,  # the checkpoint without, and the LoRA's file
-    target, processors, variant=None,
-):
-    "The two as one checkpoint. Returns its path."
-    c = read_checkpoint(source, variant)
-    if c.lora_rank: raise LoRAError(f'{Path(source).name} has a LoRA already', f'of rank {c.lora_rank}', 'Split it off first')
-    ip = c.ip_adapter | lora_into_checkpoint(read_lora(lora), processors)
-    number = lambda k: int(k.split('.')[0])
-    return save_checkpoint({'image_proj': c.image_proj, 'ip_adapter': {k: ip[k] for k in sorted(ip, key=number)}}, target, c.variant)
-
-# %% ../nbs/method/06_checkpoint.ipynb #bb02ce63
-_PROJ = 'encoder_hid_proj.image_projection_layers.0.'
-_RENAMED = {'.0.norm1.': '.ln0.', '.0.norm2.': '.ln1.', '.0.to_q.': '.attn.to_q.', '.0.to_out.': '.attn.to_out.0.', '.1.0.': '.ff.0.', '.1.1.': '.ff.1.net.0.proj.', '.1.3.': '.ff.1.net.2.'}   # behind `layers.N`
-
-def to_diffusers(
-    checkpoint,  # a `Checkpoint`
-    processors,  # names of `unet.attn_processors`, in order
-) -> dict:
-    "Its tensors under the names that a UNet has for them after `load_ip_adapter`; the LoRA as `PATH.lora_A.faceid_0.weight`."
-    out, mlp = {}, 'proj.net' if 'plus' in checkpoint.variant else 'ff.net'
-    for k, t in checkpoint.image_proj.items():
-        k = k.removeprefix('perceiver_resampler.').replace('proj.0.', f'{mlp}.0.proj.').replace('proj.2.', f'{mlp}.2.')
-        m = re.match(r'(layers\.\d+)(\..*)', k)
-        tail = m and next((m[2].replace(a, b) for a, b in _RENAMED.items() if m[2].startswith(a)), m[2])
-        if m and '.to_kv.' in tail: out |= {f'{_PROJ}{m[1]}.attn.to_{x}.weight': half for x, half in zip('kv', t.chunk(2))}
-        else: out[_PROJ + (m[1] + tail if m else k)] = t
-    names = [n.removesuffix('.processor') for n in processors]
-    for i in checkpoint.layers: out |= {f'{names[i]}.processor.to_{x}_ip.0.weight': checkpoint.ip_adapter[f'{i}.to_{x}_ip.weight'] for x in 'kv'}
-    half = {'down': 'lora_A', 'up': 'lora_B'}
-    return out | {'{}.{}.faceid_0.weight'.format(k.rpartition('.')[0], half[k.rpartition('.')[2]]): t for k, t in lora_from_checkpoint(checkpoint.ip_adapter, processors).items()}
-
-def from_diffusers(
-    state,         # `unet.state_dict()` with one FaceID adapter loaded; other tensors are passed over
-    processors,    # names of `unet.attn_processors`, in order
-    variant=None,  # needed for Plus and PlusV2: diffusers keeps the shortcut as a switch, not in the tensors
-) -> Checkpoint:
-    "The way back. Raises `CheckpointError`, `BaseModelError`."
-    proj, ip, lora, number = {}, {}, {}, {n.removesuffix('.processor'): i for i, n in enumerate(processors)}
-    back = {b: a for a, b in _RENAMED.items()}
-    if len(several := {m[1] for k in state if (m := re.match(r'encoder_hid_proj\.image_projection_layers\.(\d+)\.', k))}) > 1:
-        raise CheckpointError(f'{len(several)} adapters are loaded in this UNet', 'Their LoRAs cannot be told apart', 'Load one alone')
-    if strange := [k for k in state if (m := re.match(r'(.*)\.processor\.to_[kv]_ip\.', k)) and m[1] not in number]:
-        raise BaseModelError('The names of the processors are of another UNet', f'They lack {strange[0]}', 'Give list(unet.attn_processors) of the UNet that the tensors are from')
-    plus = any(k.startswith(f'{_PROJ}proj_in.') for k in state)
-    inside = '' if f'{_PROJ}latents' in state else 'perceiver_resampler.'
-    for k, t in state.items():
-        if k.startswith(_PROJ):
-            k = k.removeprefix(_PROJ).replace('proj.net.' if plus else 'ff.net.', 'proj.', 1) if not k.startswith(f'{_PROJ}layers.') else k.removeprefix(_PROJ)
-            k = k.replace('proj.0.proj.', 'proj.0.')
-            m = re.match(r'(layers\.\d+)(\..*)', k)
-            if m and re.match(r'\.attn\.to_[kv]\.', m[2]):
-                if '.to_k.' in k: proj[f'{inside}{m[1]}.0.to_kv.weight'] = torch.cat([t, state[_PROJ + k.replace('.to_k.', '.to_v.')]])
-            elif m: proj[inside + m[1] + next(m[2].replace(b, a) for b, a in back.items() if m[2].startswith(b))] = t
-            else: proj[k if not plus or k.startswith(('proj.', 'norm.')) else inside + k] = t
-        elif m := re.match(r'(.*)\.processor\.to_([kv])_ip\.0\.weight$', k): ip[f'{number[m[1]]}.to_{m[2]}_ip.weight'] = t
-        elif m := re.match(r'(.*)\.lora_([AB])\.faceid_\d+\.weight$', k): lora[f'{m[1]}.{dict(A="down", B="up")[m[2]]}'] = t
-    if not proj or not ip: raise CheckpointError('No FaceID adapter is loaded in this UNet', f'{len(proj)} tensors of a projection, {len(ip)} of K and V', 'Load one with pipe.load_ip_adapter first')
-    ip |= lora_into_checkpoint(lora, processors)
-    order = lambda k: int(k.split('.')[0])
-    return check_state({'image_proj': proj, 'ip_adapter': {k: ip[k] for k in sorted(ip, key=order)}}, variant, 'the UNet', recorded=variant)
 
 # %% ../nbs/method/06_checkpoint.ipynb #0b865613
 def check_fits(checkpoint: Checkpoint, unet):

@@ -12,7 +12,7 @@ import torch
 from .adapter import FaceIDAdapter
 from .checkpoint import read_checkpoint
 from .errors import ArgumentError, VariantError
-from .plus import StructureEncoder
+from .encoder import StructureEncoder
 
 # %% ../nbs/compat/60_ip_adapter_faceid.ipynb #c8d00ffc
 def agree(name, given, found, path):  # an argument of the caller, and what the tensors say

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from .adapter import FaceIDAdapter
 from .attention import cross_attention_layers
-from .checkpoint import atomic, lora_from_checkpoint, save_checkpoint, save_lora
+from .checkpoint import atomic, save_checkpoint
+from .lora import lora_from_checkpoint, save_lora
 from .errors import ArgumentError, CheckpointError, FaceIDError, NoFaceError
 
 # %% ../nbs/train/52_train.ipynb #d227487c

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from ..align import ARCFACE_TEMPLATE
-from ..plus import StructureEncoder
+from ..encoder import StructureEncoder
 from . import people as drawn
 from .base import fit
 from .recognizer import align_crops, known_numbers, roughen

@@ -9,10 +9,10 @@ from functools import cache
 import psutil, pytest, torch
 from diffusers import UNet2DConditionModel
 from faceid_nb.adapter import FaceIDAdapter
-from faceid_nb.checkpoint import check_fits, check_state, lora_from_checkpoint, read_checkpoint, read_lora
+from faceid_nb.checkpoint import check_fits, check_state, read_checkpoint
 from faceid_nb.errors import BaseModelError, LoRAError
-from faceid_nb.lora import lora_pairs
-from faceid_nb.plus import StructureEncoder
+from faceid_nb.lora import lora_from_checkpoint, lora_pairs, read_lora
+from faceid_nb.encoder import StructureEncoder
 
 pytestmark = pytest.mark.slow
 

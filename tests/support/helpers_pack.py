@@ -48,7 +48,8 @@ def adapter_state(unet, tokens=TOKENS, rank=RANK, seed=0):
 
 def pack(folder, faces=True):
     "Write the pack into `folder`; the folder."
-    from faceid_nb.checkpoint import lora_from_checkpoint, save_checkpoint, save_lora
+    from faceid_nb.checkpoint import save_checkpoint
+    from faceid_nb.lora import lora_from_checkpoint, save_lora
     folder = Path(folder)
     if (folder / 'done').exists(): return folder
     pipe = pipeline()

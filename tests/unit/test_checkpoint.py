@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from faceid_nb import checkpoint as C
+from faceid_nb import checkpoint as C, convert as V, lora as L
 from faceid_nb.errors import (ArgumentError, BaseModelError, CheckpointError, LoRAError, UnsafeCheckpointError, VariantError)
 
 GOLD = Path(__file__).parents[1] / 'goldens'
@@ -76,8 +76,8 @@ def test_any_shape_comes_back(tmp_path, width, tokens, rank, layers, embed, dtyp
     state = tiny(width, tokens, rank, layers, embed, dtype=dtype)
     other = {'.bin': '.safetensors', '.safetensors': '.bin'}[suffix]
     C.save_checkpoint(state, tmp_path / f'a{suffix}')
-    C.convert(tmp_path / f'a{suffix}', tmp_path / f'b{other}')
-    C.convert(tmp_path / f'b{other}', tmp_path / f'c{suffix}')
+    V.convert(tmp_path / f'a{suffix}', tmp_path / f'b{other}')
+    V.convert(tmp_path / f'b{other}', tmp_path / f'c{suffix}')
     for name in (f'a{suffix}', f'b{other}', f'c{suffix}'):
         c = C.read_checkpoint(tmp_path / name)
         assert (c.num_tokens, c.cross_attention_dim, c.embedding_dim, c.lora_rank) == (tokens, width, embed, rank)
@@ -138,7 +138,7 @@ def test_pickle_with_code_does_not_run(tmp_path, protocol, form, call):
     path = tmp_path / 'ip-adapter-faceid_sd15.bin'
     if form == 'pickle': path.write_bytes(pickle.dumps(Payload(*code), protocol))
     else: torch.save(bad, path, pickle_protocol=protocol, _use_new_zipfile_serialization=form == 'zip')
-    for read in (C.read_checkpoint, C.read_lora):
+    for read in (C.read_checkpoint, L.read_lora):
         with pytest.raises(UnsafeCheckpointError, match='asks for') as e: read(path)
         assert not mark.exists() and e.value.exit_code == 2
     if form == 'pickle': pickle.loads(path.read_bytes())
@@ -197,7 +197,7 @@ def test_cut_off_anywhere(tmp_path, suffix):
 def test_missing_and_folder(tmp_path, good):
     with pytest.raises(CheckpointError, match='no file'): C.read_checkpoint(tmp_path / 'absent.bin')
     with pytest.raises(CheckpointError, match='ip-adapter-faceid_sd15.bin'): C.read_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match='does not exist'): C.read_lora(tmp_path / 'nowhere' / 'lora.bin')
+    with pytest.raises(CheckpointError, match='does not exist'): L.read_lora(tmp_path / 'nowhere' / 'lora.bin')
 
 
 # --- writing
@@ -225,7 +225,7 @@ def test_replaced_in_one_step(tmp_path, good):
 
 def test_converting_a_bad_file_leaves_nothing(tmp_path):
     (tmp_path / 'page.bin').write_bytes(b'<!doctype html>')
-    with pytest.raises(CheckpointError): C.convert(tmp_path / 'page.bin', tmp_path / 'out.safetensors')
+    with pytest.raises(CheckpointError): V.convert(tmp_path / 'page.bin', tmp_path / 'out.safetensors')
     assert os.listdir(tmp_path) == ['page.bin']
 
 
@@ -251,13 +251,13 @@ DIALECTS = {
 def test_lora_dialects(tmp_path, dialect):
     want = {f'{p}.{h}': torch.randn((2, 8) if h == 'down' else (8, 2)) for p in PATHS for h in ('down', 'up')}
     save_file({DIALECTS[dialect](*(k.rsplit('.', 1)[0], int(k.endswith('up')))): t for k, t in want.items()}, tmp_path / 'l.safetensors')
-    assert same(C.read_lora(tmp_path / 'l.safetensors'), want)
+    assert same(L.read_lora(tmp_path / 'l.safetensors'), want)
 
 
 def test_lora_alpha():
     t = {'lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight': torch.ones(4, 8), 'lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight': torch.ones(8, 4),
          'lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.alpha': torch.tensor(2.)}
-    out = C.normal_lora(t)
+    out = L.normal_lora(t)
     p = 'mid_block.attentions.0.transformer_blocks.0.attn1.to_q'
     assert torch.equal(out[f'{p}.up'], torch.full((8, 4), .5)) and torch.equal(out[f'{p}.down'], torch.ones(4, 8)) and len(out) == 2
 
@@ -268,24 +268,24 @@ def test_lora_alpha():
     (lambda k: {'text_encoder.layers.0.q.lora_A.weight': torch.zeros(2, 8)}, 'text_encoder'), (lambda k: {'lora_unet_input_blocks_1_1_proj_in.lora_down.weight': torch.zeros(2, 8)}, 'input_blocks'),
     (lambda k: {'weight': torch.zeros(2)}, 'not a LoRA'), (lambda k: {f'image_proj.{k}': torch.zeros(2)}, 'not its separate LoRA'), (lambda k: {}, 'no LoRA'), (lambda k: [1], 'list')])
 def test_lora_refused(tensors, says):
-    with pytest.raises(LoRAError, match=says): C.normal_lora(tensors('unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q'))
+    with pytest.raises(LoRAError, match=says): L.normal_lora(tensors('unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q'))
 
 
 def test_lora_inside_and_beside(tmp_path):
     names = [f'{p}.processor' for p in ('down_blocks.0.attn1', 'down_blocks.0.attn2', 'mid_block.attn1', 'mid_block.attn2')]
     ip = tiny()['ip_adapter']
-    beside = C.lora_from_checkpoint(ip, names)
+    beside = L.lora_from_checkpoint(ip, names)
     assert beside['mid_block.attn2.to_out.0.up'] is ip['3.to_out_lora.up.weight'] and len(beside) == 32
-    back = C.lora_into_checkpoint(C.read_lora(C.save_lora(beside, tmp_path / 'l.safetensors')), names)
+    back = L.lora_into_checkpoint(L.read_lora(L.save_lora(beside, tmp_path / 'l.safetensors')), names)
     assert dict(sorted(back.items())).keys() == {k for k in ip if 'lora' in k} and all(torch.equal(t, ip[k]) for k, t in back.items())
-    with pytest.raises(BaseModelError, match='layer 2'): C.lora_from_checkpoint(ip, names[:2])
-    with pytest.raises(LoRAError, match='another UNet'): C.lora_into_checkpoint(beside, names[:2])
+    with pytest.raises(BaseModelError, match='layer 2'): L.lora_from_checkpoint(ip, names[:2])
+    with pytest.raises(LoRAError, match='another UNet'): L.lora_into_checkpoint(beside, names[:2])
 
 
 def test_golden_lora_file(tmp_path):
     t = official('ip-adapter-faceid_sd15_lora.safetensors')['lora']
     save_file(t, tmp_path / 'l.safetensors')
-    out = C.read_lora(tmp_path / 'l.safetensors')
+    out = L.read_lora(tmp_path / 'l.safetensors')
     assert len(out) == len(t) and torch.equal(out['down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0.up'], t['unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_B.weight'])
 
 
@@ -325,8 +325,8 @@ def test_unnormalised_portrait(tmp_path):
     state = raw()
     c = C.read_checkpoint(write(state, tmp_path / 'ip-adapter-faceid-portrait_sdxl_unnorm.bin'))
     assert (c.variant, c.raw, c.num_tokens, c.cross_attention_dim, c.embedding_dim, c.lora_rank) == ('portrait', True, 16, 8, 512, 0) and 'unnormalised' in repr(c)
-    C.convert(c.path, tmp_path / 'b.safetensors')
-    C.convert(tmp_path / 'b.safetensors', tmp_path / 'c.bin')
+    V.convert(c.path, tmp_path / 'b.safetensors')
+    V.convert(tmp_path / 'b.safetensors', tmp_path / 'c.bin')
     again = C.read_checkpoint(tmp_path / 'c.bin')
     assert same(again.image_proj, state['image_proj']) and same(again.ip_adapter, state['ip_adapter'])
     assert not C.check_state(tiny()).raw and not C.check_state(tiny(tokens=16, rank=0)).raw
@@ -351,9 +351,9 @@ def test_unnormalised_portrait_inside_diffusers(kind):
                                                              for i, n in enumerate(names) if 'attn2' in n for x in 'kv'}
     unet._load_ip_adapter_weights([s], low_cpu_mem_usage=False)
     held, c = unet.state_dict(), C.check_state(s)
-    said = C.to_diffusers(c, names)
+    said = V.to_diffusers(c, names)
     assert all(torch.equal(held[k], t) for k, t in said.items()) and {k for k in held if '_ip.' in k or 'encoder_hid' in k} == set(said)
-    back = C.from_diffusers(held, names)
+    back = V.from_diffusers(held, names)
     assert back.raw and same(back.image_proj, s['image_proj']) and same(back.ip_adapter, s['ip_adapter'])
 
 
@@ -362,8 +362,8 @@ def test_split_keeps_what_is_known(tmp_path):
     names = [f'{p}.processor' for p in ('down_blocks.0.attn1', 'down_blocks.0.attn2', 'mid_block.attn1', 'mid_block.attn2')]
     state = tiny(tokens=8)
     f = C.save_checkpoint(state, tmp_path / 'mine.safetensors')
-    bare, lora = C.split_lora(f, f, tmp_path / 'mine_lora.safetensors', names)
+    bare, lora = V.split_lora(f, f, tmp_path / 'mine_lora.safetensors', names)
     c = C.read_checkpoint(bare)
     assert (c.variant, c.lora_rank) == ('faceid', 0)
-    whole = C.read_checkpoint(C.join_lora(bare, lora, tmp_path / 'whole.bin', names))
+    whole = C.read_checkpoint(V.join_lora(bare, lora, tmp_path / 'whole.bin', names))
     assert same(whole.image_proj, state['image_proj']) and same(whole.ip_adapter, state['ip_adapter'])

@@ -2,7 +2,7 @@
 import pytest
 import torch
 import goldens_build as G
-from faceid_nb import checkpoint as C
+from faceid_nb import checkpoint as C, convert as V
 from faceid_nb.adapter import FaceIDAdapter
 from faceid_nb.errors import BaseModelError, CheckpointError, LoRAError
 
@@ -64,9 +64,9 @@ def test_same_pictures(tmp_path, variant, base, guidance, seed):
     assert (ours - theirs).abs().max() < G.TOLERANCE < (ours - bare).abs().max()/10
     # what lies in the UNet now is what we say lies there, and it leads back to the file, bit for bit
     names, held, c = list(pipe.unet.attn_processors), pipe.unet.state_dict(), C.read_checkpoint(file)
-    said = C.to_diffusers(c, names)
+    said = V.to_diffusers(c, names)
     assert all(torch.equal(held[n], t) for n, t in said.items()) and {n for n in held if '_ip.' in n or 'encoder_hid' in n or 'lora_' in n} == set(said)
-    back = C.from_diffusers(held, names, variant)
+    back = V.from_diffusers(held, names, variant)
     assert back.variant == variant and all(getattr(back, part).keys() == getattr(c, part).keys() and all(torch.equal(t, getattr(c, part)[n]) for n, t in getattr(back, part).items()) for part in ('image_proj', 'ip_adapter'))
 
 
@@ -77,31 +77,31 @@ def test_round_trips(tmp_path, variant):
     a = random_adapter(unet, variant, 5)
     same = lambda x, y: all(getattr(x, p).keys() == getattr(y, p).keys() and all(torch.equal(t, getattr(y, p)[k]) for k, t in getattr(x, p).items()) for p in ('image_proj', 'ip_adapter'))
     first = C.read_checkpoint(a.save(tmp_path/f'ip-adapter-faceid{STEM[variant]}_sd15.bin'))
-    C.convert(first.path, tmp_path/'b.safetensors', variant)
-    C.convert(tmp_path/'b.safetensors', tmp_path/f'c{STEM[variant]}.bin')
-    assert same(first, C.read_checkpoint(tmp_path/f'c{STEM[variant]}.bin', variant)) and same(first, C.from_diffusers(C.to_diffusers(first, names), names, variant))
+    V.convert(first.path, tmp_path/'b.safetensors', variant)
+    V.convert(tmp_path/'b.safetensors', tmp_path/f'c{STEM[variant]}.bin')
+    assert same(first, C.read_checkpoint(tmp_path/f'c{STEM[variant]}.bin', variant)) and same(first, V.from_diffusers(V.to_diffusers(first, names), names, variant))
     if variant == 'portrait':
-        with pytest.raises(LoRAError, match='no LoRA inside'): C.split_lora(first.path, tmp_path/'d.safetensors', tmp_path/'l.safetensors', names)
+        with pytest.raises(LoRAError, match='no LoRA inside'): V.split_lora(first.path, tmp_path/'d.safetensors', tmp_path/'l.safetensors', names)
         return
-    bare, lora = C.split_lora(first.path, tmp_path/'d.safetensors', tmp_path/'l.safetensors', names)
+    bare, lora = V.split_lora(first.path, tmp_path/'d.safetensors', tmp_path/'l.safetensors', names)
     c = C.read_checkpoint(bare)
     assert c.lora_rank == 0 and c.variant == variant
-    assert same(first, C.read_checkpoint(C.join_lora(bare, lora, tmp_path/'e.safetensors', names)))
-    with pytest.raises(LoRAError, match='already'): C.join_lora(first.path, lora, tmp_path/'f.safetensors', names)
+    assert same(first, C.read_checkpoint(V.join_lora(bare, lora, tmp_path/'e.safetensors', names)))
+    with pytest.raises(LoRAError, match='already'): V.join_lora(first.path, lora, tmp_path/'f.safetensors', names)
 
 
 def test_a_unet_without_an_adapter():
     unet = G.pipeline('sd').unet
-    with pytest.raises(CheckpointError, match='No FaceID adapter'): C.from_diffusers(unet.state_dict(), list(unet.attn_processors))
+    with pytest.raises(CheckpointError, match='No FaceID adapter'): V.from_diffusers(unet.state_dict(), list(unet.attn_processors))
 
 
 def test_names_of_another_unet_and_two_adapters_are_refused():
     unet = G.pipeline('sd').unet
     names = list(unet.attn_processors)
     state = random_adapter(unet, 'faceid', 5).state_dict()
-    held = C.to_diffusers(C.check_state(state), names)
-    with pytest.raises(BaseModelError, match='another UNet'): C.from_diffusers(held, names[:2])
-    with pytest.raises(CheckpointError, match='2 adapters'): C.from_diffusers(held | {k.replace('layers.0.', 'layers.1.', 1): t for k, t in held.items() if 'hid_proj' in k}, names)
+    held = V.to_diffusers(C.check_state(state), names)
+    with pytest.raises(BaseModelError, match='another UNet'): V.from_diffusers(held, names[:2])
+    with pytest.raises(CheckpointError, match='2 adapters'): V.from_diffusers(held | {k.replace('layers.0.', 'layers.1.', 1): t for k, t in held.items() if 'hid_proj' in k}, names)
 
 
 @pytest.mark.parametrize('photos', [1, 2, 3, 5, 7])

@@ -5,7 +5,7 @@ import goldens_build as gold
 from faceid_nb import ip_adapter_faceid as together, ip_adapter_faceid_separate as separate
 from faceid_nb.errors import ArgumentError, BaseModelError, CheckpointError, VariantError
 
-from faceid_nb.plus import StructureEncoder
+from faceid_nb.encoder import StructureEncoder
 
 ALL = [n for n in gold.CASES if n != 'faceid_separate_lora']
 

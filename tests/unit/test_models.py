@@ -97,7 +97,7 @@ def test_broken_files(copy, file, what):
 
 
 def other_lora(folder, make):
-    from faceid_nb.checkpoint import lora_from_checkpoint, save_lora
+    from faceid_nb.lora import lora_from_checkpoint, save_lora
     unet = H.pipeline().unet
     path = folder / 'ip-adapter-faceid_sd15_lora.safetensors'
     path.unlink()

@@ -2,10 +2,9 @@
 import pytest
 import torch
 import goldens_build as G
-from faceid_nb.adapter import FaceIDAdapter
+from faceid_nb.adapter import FaceIDAdapter, structure_sweep
 from faceid_nb.errors import ArgumentError, VariantError
 from faceid_nb.models import TINY, load
-from faceid_nb.plusv2 import structure_sweep
 
 
 @pytest.fixture(scope='module')

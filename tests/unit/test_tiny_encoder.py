@@ -1,7 +1,7 @@
 "The image encoder of the tiny pack: crops and answers that belong together, a training that learns, a folder that loads."
 import numpy as np, pytest, torch
 from faceid_nb.align import norm_crop
-from faceid_nb.plus import StructureEncoder
+from faceid_nb.encoder import StructureEncoder
 from faceid_nb.tiny import encoder as E, people as P
 from faceid_nb.tiny.recognizer import known_numbers
 

@@ -8,7 +8,8 @@ from PIL import Image
 import helpers_pack as P
 from faceid_nb import train as T
 from faceid_nb.adapter import FaceIDAdapter
-from faceid_nb.checkpoint import lora_from_checkpoint, read_checkpoint, read_lora
+from faceid_nb.checkpoint import read_checkpoint
+from faceid_nb.lora import lora_from_checkpoint, read_lora
 from faceid_nb.errors import ArgumentError, CheckpointError, NoFaceError
 
 warnings.filterwarnings('ignore', message='.*have one picture only')
@@ -382,7 +383,7 @@ def test_several_partners_are_others_and_differ_where_they_can(person, k, seed):
 @pytest.fixture(scope='module')
 def encoder():
     import goldens_build as gold
-    from faceid_nb.plus import StructureEncoder
+    from faceid_nb.encoder import StructureEncoder
     return StructureEncoder(gold.image_encoder())
 
 def more(table, **kw):

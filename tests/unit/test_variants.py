@@ -4,7 +4,7 @@ import pytest, torch
 import goldens_build as gold
 from faceid_nb import models as M
 from faceid_nb.errors import ArgumentError, BaseModelError, VariantError, WeightsMissingError
-from faceid_nb.plus import StructureEncoder
+from faceid_nb.encoder import StructureEncoder
 
 NAMES = {'faceid_scale1.0': 'sd15-faceid', 'faceid_scale0.6': 'sd15-faceid', 'faceid_scale0.0': 'sd15-faceid', 'faceid_pair': 'sd15-faceid', 'faceid_separate_lora': 'sd15-faceid-lora', 'plus': 'sd15-plus',
          **{f'plusv2_s{s}': 'sd15-plusv2' for s in ('0.0', '0.5', '1.0', '1.5')}, 'sdxl': 'sdxl-faceid', 'plusv2_sdxl_s0.3': 'sdxl-plusv2', 'plusv2_sdxl_s1.0': 'sdxl-plusv2', 'portrait': 'sd15-portrait'}
@@ -253,7 +253,7 @@ def test_portrait_v11_is_laid_out_as_the_first(name, tmp_path):
 # -- what an adapter has to know of its base, and how far photographs of one person agree
 
 def test_facts_of_both_families():
-    from faceid_nb.sdxl import base_facts
+    from faceid_nb.attention import base_facts
     sd, xl = base_facts(gold.pipeline('sd')), base_facts(gold.pipeline('sdxl'))
     assert (sd['text encoders'], xl['text encoders']) == (1, 2) and sd['also told to the UNet'] == 'nothing' and xl['also told to the UNet'] == 'text_time'
     for f, pipe in ((sd, gold.pipeline('sd')), (xl, gold.pipeline('sdxl'))):
