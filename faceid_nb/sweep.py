@@ -23,7 +23,11 @@ from .models import MODELS
 from .work import Queue, Scoring, batches, default_batch, load_once, load_recipe, make_batch
 from .work import smaller, work_off
 
-# %% ../nbs/study/30_sweep.ipynb #0a90054f
+# the studio and the command line still ask for these here
+from .cells import read_table  # noqa: F401
+from .work import find_scoring, out_of_memory  # noqa: F401
+
+# %% ../nbs/study/30_sweep.ipynb #9bce375e
 def _models(axes, model):
     "The models of a grid."
     return list(axes['model'].values()) if 'model' in axes else [model]
@@ -46,7 +50,7 @@ def check_grid(
         raise ArgumentError('No face was given', f'The axes are {", ".join(axes)}',
                             'Give face=photograph in fixed=, or an axis face=[...]')
 
-# %% ../nbs/study/30_sweep.ipynb #85fdd018
+# %% ../nbs/study/30_sweep.ipynb #c807a54f
 def make_cells(axes, fixed, model, load) -> list:  # as for `Sweep`, checked; of `Cell`s
     "Every combination of the axes as a cell, the last axis fastest, named by its arguments and the weights."
     namer, cells = Namer(_models(axes, model), load), []
@@ -89,7 +93,7 @@ class Sweep:
         "Generator of finished `Cell`s, those of an earlier run first (`kept`); arguments as for `Run`."
         yield from Run(self, folder, executor, batch_size, progress, cells, on_step)
 
-# %% ../nbs/study/30_sweep.ipynb #c87312db
+# %% ../nbs/study/30_sweep.ipynb #78f4e028
 def _make_here(run, batch, bar):
     "`make_batch` in this process, with a bar that moves and a model that can be stopped."
     sweep, before = run.sweep, bar.n
@@ -113,7 +117,7 @@ def run_here(run, cells, size, bar):
         if fits < len(batch.cells): waiting = smaller(waiting, fits)
         yield done
 
-# %% ../nbs/study/30_sweep.ipynb #0a408b78
+# %% ../nbs/study/30_sweep.ipynb #994ca0c2
 def _by_key(cells):
     "Cells that are the same picture, together."
     same = {}
@@ -136,7 +140,7 @@ def _find_size(sweep, asked):
         raise ArgumentError('batch_size must be a whole number from 1', f'{asked}')
     return asked
 
-# %% ../nbs/study/30_sweep.ipynb #e7ba4672
+# %% ../nbs/study/30_sweep.ipynb #6da219d3
 def _bar(total, progress):
     form = '{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}{postfix}]'
     return tqdm(total=total, unit='cell', desc='sweep', disable=not progress, bar_format=form)
@@ -152,13 +156,13 @@ def _put_all(shelf, bar, lists):
             bar.update()
             yield c
 
-# %% ../nbs/study/30_sweep.ipynb #f6c78bab
+# %% ../nbs/study/30_sweep.ipynb #99545e00
 @dataclass
 class Run:
     "A run of a sweep, an iterable of finished cells, each on the disk. What failed before is tried again."
     sweep: Sweep
     folder: object            # where the results are, and are kept
-    # None: here; an `Executor` of concurrent.futures (Dask: `client.get_executor()`); or a function that makes one
+    # None: here; an `Executor` (Dask: `client.get_executor()`), or a function that makes one
     executor: object = None
     batch_size: int = None    # None: by the model and the device
     progress: bool = True     # a bar
@@ -207,7 +211,7 @@ class Answers:
                      pictures=len(cells)) for (s, a), cells in sorted(self.cells.items())]
         return pd.DataFrame(rows)
 
-# %% ../nbs/study/30_sweep.ipynb #86229926
+# %% ../nbs/study/30_sweep.ipynb #76df930a
 def _best(table, likeness) -> Found:  # a table of `Answers`; the wanted likeness
     "The setting of the best prompt adherence among those that reach a likeness, or the nearest."
     good = table[table.likeness >= likeness]
@@ -216,7 +220,7 @@ def _best(table, likeness) -> Found:  # a table of `Answers`; the wanted likenes
     numbers = (float(best[k]) for k in ('scale', 's_scale', 'likeness', 'adherence'))
     return Found(*numbers, len(good) > 0, int(table.pictures.sum()), table)
 
-# %% ../nbs/study/30_sweep.ipynb #564f5bfd
+# %% ../nbs/study/30_sweep.ipynb #4eb827fb
 class Asker:
     "Makes the pictures of settings of a sweep over s_scale, scale and seed."
     def __init__(self,
@@ -239,7 +243,7 @@ class Asker:
             list(self.sweep.run(self.folder, cells=cells, progress=self.progress, on_step=on_step))
         return [] if self.stopped else cells
 
-# %% ../nbs/study/30_sweep.ipynb #fde4286f
+# %% ../nbs/study/30_sweep.ipynb #c446a48e
 class Search:
     "The smallest scale that reaches a likeness, for each s_scale, by halving."
     def __init__(self, asker, likeness):  # an `Asker`, or what is called like one; a cosine
@@ -266,7 +270,7 @@ class Search:
         return True
     def best(self): return _best(self.answers.table(), self.likeness)
 
-# %% ../nbs/study/30_sweep.ipynb #a5d4c3a5
+# %% ../nbs/study/30_sweep.ipynb #2aecae42
 def _search_axes(model, scales, s_scales, seeds):
     "What a search chooses from, with what is usual for the model where nothing is given."
     known = isinstance(model, str) and model in MODELS
@@ -281,7 +285,7 @@ def _check_made(cells):
     if len(errors) < len(cells): return
     raise FaceIDError('No picture could be made', errors[0], 'Try one call of generate with these arguments')
 
-# %% ../nbs/study/30_sweep.ipynb #37e5c371
+# %% ../nbs/study/30_sweep.ipynb #72a90b79
 def find_settings(
     model, face, prompt,  # as for `Sweep`: a name or a FaceID; one photograph; one text
     likeness,          # that is wanted, a cosine by the judge: see `Calibration` for what is possible

@@ -7,7 +7,7 @@ __all__ = ['ROWWISE', 'cut', 'Batch', 'batches', 'default_batch', 'out_of_memory
            'read_faces', 'Scoring', 'find_scoring', 'measure_cells', 'load_once', 'load_recipe', 'make_batch', 'Pool',
            'smaller', 'Queue', 'work_off']
 
-# %% ../nbs/study/34_work.ipynb #9ba6ca2f
+# %% ../nbs/study/34_work.ipynb #314cbfe5
 import concurrent.futures as cf
 import gc
 import json
@@ -30,9 +30,11 @@ from .cells import Cell, identify, identify_photo
 from .errors import ArgumentError, FaceIDError, PackMissingError
 from .face import Face
 from .faceid import PROMPT
+from .hub import choose_device
 from .measure import find_judge, find_scorer, measure_pictures, prompt_adherence
+from .persons import Person, as_person
 
-# %% ../nbs/study/34_work.ipynb #7a5ea7bd
+# %% ../nbs/study/34_work.ipynb #72649364
 ROWWISE = ('face', 'prompt', 'negative_prompt', 'seed', 'scale', 's_scale')   # what differs from row to row
 
 def cut(rows, size) -> list:
@@ -49,7 +51,7 @@ class Batch(NamedTuple):
         "The same cells in batches of `size` at most."
         return [self._replace(cells=part) for part in cut(self.cells, size)]
 
-# %% ../nbs/study/34_work.ipynb #4674287c
+# %% ../nbs/study/34_work.ipynb #2a404fb1
 def _side_by_side(cells):
     "Cells of one face next to each other."
     faces = {}
@@ -70,15 +72,15 @@ def batches(
     whole = [b._replace(cells=_side_by_side(b.cells)) for b in groups.values()]
     return list(chain.from_iterable(b.split(batch_size) for b in whole))
 
-# %% ../nbs/study/34_work.ipynb #8a284df0
+# %% ../nbs/study/34_work.ipynb #5828d40d
 def default_batch(model) -> int:  # a name for `load`, or a `FaceID`
     "Pictures at a time: 16 of the tiny pack's, 8 on a GPU, one of the large models on a CPU."
     name = model if isinstance(model, str) else model.name
     if name.startswith('tiny'): return 16
-    device = models.choose_device()[0] if isinstance(model, str) else model.pipe.device
+    device = choose_device()[0] if isinstance(model, str) else model.pipe.device
     return 1 if device.type == 'cpu' else 8
 
-# %% ../nbs/study/34_work.ipynb #15f8725c
+# %% ../nbs/study/34_work.ipynb #a40380db
 _SHORT = 'out of memory', "can't allocate memory", 'not enough memory'
 
 def out_of_memory(e) -> bool:
@@ -90,7 +92,7 @@ def _free_memory(model):
     gc.collect()
     if model.pipe.device.type == 'cuda': torch.cuda.empty_cache()
 
-# %% ../nbs/study/34_work.ipynb #3eb0c938
+# %% ../nbs/study/34_work.ipynb #df1ddacb
 class Parts:
     "The cells of one batch, whole at first, then in smaller and smaller parts."
     def __init__(self, cells): self.waiting, self.fits = [list(cells)], len(cells)
@@ -106,7 +108,7 @@ class Parts:
         self.fits = half
         self.waiting = list(chain.from_iterable(cut(q, half) for q in self.waiting))
 
-# %% ../nbs/study/34_work.ipynb #3cc68341
+# %% ../nbs/study/34_work.ipynb #ac872f47
 def _generate(model, cells, shared, on_step):
     "The pictures of cells as rows of one call of `generate`."
     rows = {k: [c.arguments[k] for c in cells] for k in ROWWISE}
@@ -136,7 +138,7 @@ def generate_cells(
         if len(images) < len(part): return   # stopped
         yield part, images, parts.fits
 
-# %% ../nbs/study/34_work.ipynb #5a23ff22
+# %% ../nbs/study/34_work.ipynb #ddd8c8e0
 class FaceMemory:
     "The faces of photographs that were read lately."
     def __init__(self, most=64):
@@ -145,7 +147,7 @@ class FaceMemory:
     def read(self, reader, photo, which='largest'):
         "What `generate` takes for a person. Raises what the reader raises."
         if isinstance(photo, (list, tuple)): return [self.read(reader, p, which) for p in photo]
-        if isinstance(photo, Face) or reader is None or getattr(photo, 'ndim', 0) == 1: return photo
+        if isinstance(photo, (Face, Person)) or reader is None or getattr(photo, 'ndim', 0) == 1: return photo
         key = str(reader.folder), identify_photo(photo), which
         if key not in self.faces:
             if len(self.faces) >= self.most: self.faces.pop(next(iter(self.faces)))
@@ -166,7 +168,7 @@ def read_faces(
         else: good.append(replace(c, arguments=c.arguments | dict(face=face), state='waiting', error=''))
     return good, bad
 
-# %% ../nbs/study/34_work.ipynb #a584a1ac
+# %% ../nbs/study/34_work.ipynb #3603bfe9
 @dataclass(frozen=True)
 class Scoring:
     "How finished pictures are measured."
@@ -183,18 +185,19 @@ def find_scoring(reader, judge=True):
     except PackMissingError: return False, 'steering recogniser'
     return judge, judge.name or 'judge'
 
-# %% ../nbs/study/34_work.ipynb #21ce41cf
-def _has_picture(face):
-    "Whether a person was given by photographs, not only by an embedding."
-    if isinstance(face, (list, tuple)): return all(map(_has_picture, face))
-    return isinstance(face, Face) and face.image is not None
+# %% ../nbs/study/34_work.ipynb #d3e732b4
+def _pictured(face):
+    "The faces of somebody who was given by photographs; nothing where it was by an embedding."
+    faces = as_person(face).faces
+    return faces if all(f.image is not None for f in faces) else ()
 
 def _measure_faces(reader, cells, judge):
-    cells = [c for c in cells if _has_picture(c.arguments['face'])]
+    faces = {id(f): _pictured(f) for f in (c.arguments['face'] for c in cells)}
+    cells = [c for c in cells if faces[id(c.arguments['face'])]]
     if not cells: return
     judge, name = find_scoring(reader, judge)
-    faces, pictures = [c.arguments['face'] for c in cells], [c.picture for c in cells]
-    found = measure_pictures(faces, pictures, None, judge, reader, each=True)
+    references = [faces[id(c.arguments['face'])] for c in cells]
+    found = measure_pictures(references, [c.picture for c in cells], None, judge, reader, each=True)
     for c, likeness, distance in zip(cells, found['likeness'], found['distance']):
         c.likeness, c.distance, c.judge = float(likeness), float(distance), name
 
@@ -211,7 +214,7 @@ def measure_cells(model, cells, scoring):
         return
     for c, s in zip(cells, scores): c.adherence = float(s)
 
-# %% ../nbs/study/34_work.ipynb #8f58a307
+# %% ../nbs/study/34_work.ipynb #5e1242cf
 _loading = threading.Lock()
 
 @lru_cache(1)
@@ -233,7 +236,7 @@ def load_recipe(model, load) -> tuple:
                             'Give the name of a model, and load=dict(base=...) for another base model')
     return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(given.items()))
 
-# %% ../nbs/study/34_work.ipynb #db97a2fb
+# %% ../nbs/study/34_work.ipynb #ace7543d
 def _finish(cells, made, seconds, device):
     "Write into cells what became of them: pictures, or an exception."
     failed = isinstance(made, Exception)
@@ -262,7 +265,7 @@ def make_batch(
             began = time.perf_counter()
     return [replace(c, arguments=None) for c in done], max(fits, 1)   # results travel back, not photographs
 
-# %% ../nbs/study/34_work.ipynb #7c5f4980
+# %% ../nbs/study/34_work.ipynb #f608c298
 def _portable(photo):
     if isinstance(photo, (list, tuple)): return [_portable(p) for p in photo]
     return Path(photo).read_bytes() if isinstance(photo, (str, os.PathLike)) else photo
@@ -275,7 +278,7 @@ def _pack(batch, load):
         cells.append(replace(c, arguments=light | dict(face=_portable(light['face']))))
     return Batch(load_recipe(batch.model, load), batch.shared, cells)
 
-# %% ../nbs/study/34_work.ipynb #b82bc1b3
+# %% ../nbs/study/34_work.ipynb #51b00254
 class Pool:
     "An executor that can be made anew, where a function that makes it was given."
     def __init__(self, executor):
@@ -296,7 +299,7 @@ class Pool:
     def close(self):
         if self.make: self.executor.shutdown(wait=True, cancel_futures=True)
 
-# %% ../nbs/study/34_work.ipynb #841836e7
+# %% ../nbs/study/34_work.ipynb #e59c7202
 _TRIES = 3   # workers that a batch is given to before it counts as failed
 
 def smaller(waiting, size) -> list:
@@ -308,7 +311,7 @@ def _give_up(batch, error):
     error = f'It was given to three workers: {type(error).__name__}: {str(error)[:300]}'
     return [replace(c, state='failed', error=error) for c in batch.cells]
 
-# %% ../nbs/study/34_work.ipynb #ceac9490
+# %% ../nbs/study/34_work.ipynb #5fabea5e
 class Queue:
     "Batches that wait for an executor, and those that it has."
     def __init__(self, waiting, executor, load, scoring):
@@ -335,7 +338,7 @@ class Queue:
         if fits < len(batch.cells): self.waiting = smaller(self.waiting, fits)
         return done
 
-# %% ../nbs/study/34_work.ipynb #93374737
+# %% ../nbs/study/34_work.ipynb #10e526a2
 def _revive(queue, error):
     "The executor died: a new one begins with what it had. Raises FaceIDError where there is none."
     queue.waiting = [b._replace(lost=b.lost + 1) for b in queue.out.values()] + queue.waiting
