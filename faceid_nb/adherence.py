@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['as_list', 'wanted', 'SceneScorer', 'Clip', 'load_clip', 'ClipScorer', 'prompt_adherence', 'find_scorer']
 
-# %% ../nbs/use/24_adherence.ipynb #21df9641
+# %% ../nbs/use/24_adherence.ipynb #915009f5
 import os
 import re
 from functools import lru_cache
@@ -15,20 +15,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from .errors import ArgumentError
-from .face import Face, read_image
+from .face import Face
 from .hub import TINY, choose_device, missing
+from .images import read_image
 from .models import MODELS
 from .tiny.people import COLOURS, EXPRESSIONS
 from .tiny.scenes import as_tensor, load_reader, read_scenes
 
-# %% ../nbs/use/24_adherence.ipynb #4a4715ec
+# %% ../nbs/use/24_adherence.ipynb #1c432f0f
 def as_list(images) -> list:
     "One picture is a list of one."
     alone = isinstance(images, (str, bytes, os.PathLike, Image.Image, Face))
     alone = alone or (isinstance(images, np.ndarray) and images.ndim < 4)
     return [images] if alone else list(images)
 
-# %% ../nbs/use/24_adherence.ipynb #38de2075
+# %% ../nbs/use/24_adherence.ipynb #c2b47698
 def wanted(prompt) -> dict:
     "What a prompt names that the tiny pack's reader knows: {'shirt': 3, ...}, as `read_scenes` numbers it."
     text, colours = prompt.lower().replace('grey', 'gray'), list(COLOURS)
@@ -40,7 +41,7 @@ def wanted(prompt) -> dict:
     if found: named['expression'] = EXPRESSIONS.index(found[1])
     return named
 
-# %% ../nbs/use/24_adherence.ipynb #28bce0ce
+# %% ../nbs/use/24_adherence.ipynb #f708b1be
 class SceneScorer:
     "Share of what a prompt names and the tiny pack's reader knows that is to be seen."
     unit = 'share of what the prompt names'
@@ -60,7 +61,7 @@ class SceneScorer:
         right = [int(seen[part][k]) == value for part, value in wanted(prompt).items()]
         return np.mean(right) if right else np.nan
 
-# %% ../nbs/use/24_adherence.ipynb #ab71f4ca
+# %% ../nbs/use/24_adherence.ipynb #c568c925
 def _unit_features(out):
     "A network's answer as unit rows in float32."
     return F.normalize(getattr(out, 'pooler_output', out).float(), dim=1)   # transformers 5 wraps them
@@ -79,7 +80,7 @@ class Clip:
         pixels = pixels.to(self.model.device, self.model.dtype)
         return _unit_features(self.model.get_image_features(pixel_values=pixels))
 
-# %% ../nbs/use/24_adherence.ipynb #e7f5405e
+# %% ../nbs/use/24_adherence.ipynb #dbb656c7
 def load_clip(
     path,                                        # folder, or a repository of the hub
     device=None, dtype=None,                     # as for `load`
@@ -93,7 +94,7 @@ def load_clip(
     except Exception as e: raise missing(f'The CLIP model {path}', path, e, download) from e
     return Clip(model.to(device, dtype), processor)
 
-# %% ../nbs/use/24_adherence.ipynb #3bd9b9d2
+# %% ../nbs/use/24_adherence.ipynb #d48d337c
 class ClipScorer:
     "Cosine of a text and a picture (Radford et al. 2021; CLIPScore, Hessel et al. 2021, without its factor)."
     unit = 'cosine of text and picture by CLIP'
@@ -119,7 +120,7 @@ class ClipScorer:
             scores.append((self.clip.images(images[part])*asked[part]).sum(1).cpu())
         return torch.cat(scores).numpy().astype(np.float64)
 
-# %% ../nbs/use/24_adherence.ipynb #583bd6fd
+# %% ../nbs/use/24_adherence.ipynb #a0bb7c5e
 @lru_cache(2)
 def _scorer(path): return SceneScorer() if path == 'tiny' else ClipScorer(path)
 
@@ -138,7 +139,7 @@ def prompt_adherence(
     if not callable(scorer): scorer = _scorer(str(scorer))
     return scorer(prompts, images) if images else np.zeros(0)
 
-# %% ../nbs/use/24_adherence.ipynb #2d124ca8
+# %% ../nbs/use/24_adherence.ipynb #8a99dd7f
 def find_scorer(
     model,  # a `FaceID`, or the name of one
 ) -> str:

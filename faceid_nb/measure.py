@@ -19,8 +19,10 @@ from scipy.special import stdtrit
 from .adherence import as_list, prompt_adherence
 from .align import crop_template, similarity_transform, transform_points
 from .errors import ArgumentError, PackMissingError
-from .face import Embedder, Face, FaceReader, choose_face, read_image
+from .face import Embedder, Face, FaceReader, choose_face
 from .files import people_in
+from .images import read_image
+from .persons import Person
 
 # %% ../nbs/use/22_measure.ipynb #f086ad95
 def _hashable(providers): return tuple(providers) if isinstance(providers, list) else providers
@@ -39,7 +41,7 @@ def open_embedder(path, providers=None) -> Embedder:
     "A recogniser from its .onnx file, loaded once in a process."
     return _open_embedder(str(path), _hashable(providers))
 
-# %% ../nbs/use/22_measure.ipynb #4075ff17
+# %% ../nbs/use/22_measure.ipynb #ba63dcf6
 JUDGES = dict(buffalo_l='antelopev2', buffalo_m='antelopev2', buffalo_s='antelopev2', antelopev2='buffalo_l')
 
 def find_judge(
@@ -55,7 +57,8 @@ def find_judge(
     except PackMissingError as e:
         found = f"neither {beside} nor the pack '{other}'"
         do = 'Pass judge=False to score with the steering recogniser itself (it flatters), or get the pack.'
-        raise PackMissingError(f"There is no judge for the pack '{reader.name}'", found, f'{do} {e.do}') from e
+        what = f"There is no judge for the pack '{reader.name}'"
+        raise PackMissingError(what, found, f'{do} {e.do}') from e
 
 # %% ../nbs/use/22_measure.ipynb #f292f942
 def _find_face(reader, image, which):
@@ -76,8 +79,9 @@ def _check_seen(faces):
     "Raise ArgumentError where a face came without a picture."
     for face in faces:
         if face.image is not None: continue
+        do = 'Give the photograph, save identities with crop=True, or pass judge=False'
         raise ArgumentError('This face came without a picture, so a second recogniser cannot see it',
-                            repr(face), 'Give the photograph, save identities with crop=True, or pass judge=False')
+                            repr(face), do)
 
 def _embed(faces, reader, embedder):  # n faces or None -> float64 (n, 512)
     "Unit rows, nan where there is no face. What the reader's own recogniser has said is not asked again."
@@ -92,11 +96,16 @@ def _embed(faces, reader, embedder):  # n faces or None -> float64 (n, 512)
     if rows: out[rows] = embedder.embed([f.image for f in asked], [f.landmarks for f in asked])
     return _unit(out)
 
-# %% ../nbs/use/22_measure.ipynb #add08a61
+# %% ../nbs/use/22_measure.ipynb #ccaf0443
+def _parts(reference) -> list:
+    "The photographs of one person, as they were given."
+    if isinstance(reference, Person): return list(reference.faces or map(Face, reference.vectors))
+    return list(reference) if isinstance(reference, (list, tuple)) else [reference]
+
 def _faces_of(reference, reader, which):
     "The `Face`s of one person. Raises ArgumentError, NoFaceError."
     faces = []
-    for part in reference if isinstance(reference, (list, tuple)) else [reference]:
+    for part in _parts(reference):
         faces += part.sources if isinstance(part, Face) and part.sources else [part]
     if not faces:
         raise ArgumentError('There is no reference', 'an empty list', 'Give at least one photograph')
@@ -124,7 +133,7 @@ def _reader_of(reader, face):
     if reader is None: return open_reader(face.pack if face is not None and face.pack else 'tiny')
     return open_reader(reader) if isinstance(reader, (str, os.PathLike)) else reader
 
-# %% ../nbs/use/22_measure.ipynb #fbf534ca
+# %% ../nbs/use/22_measure.ipynb #41d9fc8e
 @dataclass(frozen=True, eq=False)
 class Judge:
     "A recogniser that scores."
@@ -154,7 +163,7 @@ class Judge:
         "Cosines (n,), nan where no face was found."
         return self.embed(images, which) @ self.embed_person(reference, which)
 
-# %% ../nbs/use/22_measure.ipynb #de5f3586
+# %% ../nbs/use/22_measure.ipynb #ae8be1d5
 def as_judge(
     judge=True,    # True: the second recogniser of the pack; False: the reader's own;
                    # or a `FaceReader`, `Embedder`, .onnx file or `Judge`
@@ -172,7 +181,7 @@ def as_judge(
         if needed: raise
         return Judge(reader, *_recogniser(False, reader), str(e.do))
 
-# %% ../nbs/use/22_measure.ipynb #97afdde9
+# %% ../nbs/use/22_measure.ipynb #36a3c119
 def find_faces(
     images,           # n pictures, anything that `read_image` takes; a `Face` stays as it is
     reader=None,      # `FaceReader` that finds the faces, or a pack's name; 'tiny' when None
@@ -193,8 +202,6 @@ def embed_faces(
     return as_judge(judge, reader, _first_face(images)).embed(images, which)
 
 # %% ../nbs/use/22_measure.ipynb #eb7ecfdd
-def _parts(reference): return reference if isinstance(reference, (list, tuple)) else [reference]
-
 def embed_reference(
     reference,  # a photograph or a `Face`, a mean of several, or a list of them: all of one person
     reader=None, judge=True, which='largest',  # as for `embed_faces`
@@ -212,7 +219,7 @@ def identity_similarity(
     "How much each picture looks like the person: strangers are near 0, two photographs are the ceiling."
     return as_judge(judge, reader, _first_face(_parts(reference))).similarity(reference, images, which)
 
-# %% ../nbs/use/22_measure.ipynb #98952a93
+# %% ../nbs/use/22_measure.ipynb #30186d00
 def detection_rate(
     similarities,  # from `identity_similarity`
 ) -> float:  # 0 to 1
@@ -235,7 +242,7 @@ def check_owners(matrix, owner):
     raise ArgumentError('Every picture needs one owner among the references',
                         f'matrix {matrix.shape}, owners {owner.shape}', 'Give one column index a row')
 
-# %% ../nbs/use/22_measure.ipynb #24a3be2e
+# %% ../nbs/use/22_measure.ipynb #b2d56913
 def split_pairs(
     matrix,  # (n, m) cosines
     owner,   # (n,) which column each picture belongs to
@@ -272,7 +279,7 @@ def true_accept_rate(
     "The share of genuine pairs above the threshold for `far` (TAR at FAR)."
     return float(np.mean(np.asarray(genuine, np.float64).ravel() > threshold_at(impostor, far)))
 
-# %% ../nbs/use/22_measure.ipynb #5a0a13b6
+# %% ../nbs/use/22_measure.ipynb #ba613d0e
 def _group_means(values, groups):
     "The mean of each group that has a number."
     means = [values[(groups == g) & ~np.isnan(values)] for g in np.unique(groups)]
@@ -291,7 +298,7 @@ def mean_interval(
     half = stdtrit(n - 1, .975)*v.std(ddof=1)/np.sqrt(n) if n > 1 else float('nan')
     return float(v.mean()), float(half), n
 
-# %% ../nbs/use/22_measure.ipynb #be21d8af
+# %% ../nbs/use/22_measure.ipynb #4c2163b5
 def share_interval(
     hits,  # booleans
 ):  # -> share, low and high end of Wilson's 95% interval
@@ -333,7 +340,7 @@ class Calibration:
         lines = f'threshold {self.threshold:.3f}, ceiling {self.ceiling:.3f}, copy line {self.copy_line:.3f}'
         return f'Calibration({lines}; {len(self.genuine)} genuine pairs, {len(self.impostor)} of strangers)'
 
-# %% ../nbs/use/22_measure.ipynb #c0988d17
+# %% ../nbs/use/22_measure.ipynb #0f059f6f
 def _albums(people):
     "One list of photographs a person. Raises ArgumentError."
     if not isinstance(people, (str, os.PathLike)): return [as_list(p) for p in people]
@@ -390,16 +397,16 @@ def _one_each(reference, count, each):
 
 def _first(reference):
     "The photograph that gives the structure."
-    return reference[0] if isinstance(reference, (list, tuple)) and len(reference) else reference
+    parts = _parts(reference)
+    return parts[0] if parts else reference
 
 def _know(reference, judge, which):  # -> embedding (512,), aligned landmarks or None
     "What pictures of a person are compared with."
     face = judge.reader.best(_first(reference), which)
-    several = isinstance(reference, (list, tuple)) and len(reference) > 1
-    embedding = judge.embed_person(reference if several else face, which)
+    embedding = judge.embed_person(reference if len(_parts(reference)) > 1 else face, which)
     return embedding, None if face.landmarks is None else aligned_landmarks(face)
 
-# %% ../nbs/use/22_measure.ipynb #621e68ec
+# %% ../nbs/use/22_measure.ipynb #4fb74795
 def measure_pictures(
     reference,        # the person: a `Face`, a photograph, or a list of them; or n people, with each=True
     images,           # n pictures
@@ -408,7 +415,7 @@ def measure_pictures(
     scorer='tiny',    # as for `prompt_adherence`
     each=False,       # every picture has a reference of its own
 ) -> dict:  # of float64 (n,): likeness, distance, and adherence where prompts were given
-    "All that is measured of pictures, which are read once. The first of several photographs gives the structure."
+    "All that is measured of pictures, each read once. The first of several photographs gives the structure."
     images = [read_image(i) for i in as_list(images)]
     references = _one_each(reference, len(images), each)
     judge = as_judge(judge, reader, _first_face(map(_first, references)))
@@ -422,7 +429,7 @@ def measure_pictures(
     if prompts is not None: out['adherence'] = prompt_adherence(prompts, images, scorer)
     return out
 
-# %% ../nbs/use/22_measure.ipynb #b471bebd
+# %% ../nbs/use/22_measure.ipynb #978a64c1
 # until their users have moved to the rooms where these are made
 from .adherence import ClipScorer, SceneScorer, find_scorer  # noqa: E402, F401
 from .files import KINDS  # noqa: E402, F401
