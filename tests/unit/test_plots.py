@@ -94,7 +94,7 @@ def condition(layers=3, steps=4, rows=2, N=16, T=4, seed=0):
 
 FIGURES = dict(
     grid=lambda t: P.structure_grid(t[(t.face == 'Ben') & (t.scale == .8)], reference=flat('red', (300, 300))), people=lambda t: P.structure_grid(t[(t.seed == 3) & (t.s_scale == 0)], 'face', 'scale', {'Ada': flat('red'), 'Cleo': flat('blue')}),
-    sheet=lambda t: P.contact_sheet(t), similarity=lambda t: P.similarity_heatmap(np.random.default_rng(0).random((12, 12))), knobs=lambda t: P.knob_heatmap(t),
+    sheet=lambda t: P.all_pictures(t), similarity=lambda t: P.similarity_heatmap(np.random.default_rng(0).random((12, 12))), knobs=lambda t: P.knob_heatmap(t),
     curves=lambda t: P.curves(t, lines='s_scale', ceiling=.8), trade_off=lambda t: P.trade_off(t, by=('scale', 's_scale'), chosen=dict(scale=.8, s_scale=.5)),
     attention=lambda t: P.attention_maps(condition(), flat('white')), tokens=lambda t: P.attention_maps(condition(), flat('white', (64, 96)), 'token', 'layer', row=1))
 
@@ -116,8 +116,8 @@ def nasty():
     t.loc[5, ['state', 'error', 'image']] = 'failed', 'RuntimeError: ' + 'x'*400 + '\nsecond line $y$', None
     return t.sample(frac=1, random_state=0)
 
-@pytest.mark.parametrize('draw', [lambda t: P.structure_grid(t[(t.seed == 3) & (t.s_scale == 0)], 'scale', 'face', flat('red')), lambda t: P.structure_grid(t[(t.seed == 3) & (t.s_scale == 0)], 'face', 'scale'), lambda t: P.contact_sheet(t, 6),
-    lambda t: P.contact_sheet(t.head(3), caption=('prompt', 'likeness')), P.knob_heatmap, lambda t: P.knob_heatmap(t, 'face', 'scale', 'distance'), lambda t: P.curves(t, 'face', lines='scale', ceiling={'likeness': .7, 'adherence': .5}), lambda t: P.curves(t, lines='face'),
+@pytest.mark.parametrize('draw', [lambda t: P.structure_grid(t[(t.seed == 3) & (t.s_scale == 0)], 'scale', 'face', flat('red')), lambda t: P.structure_grid(t[(t.seed == 3) & (t.s_scale == 0)], 'face', 'scale'), lambda t: P.all_pictures(t, 6),
+    lambda t: P.all_pictures(t.head(3), caption=('prompt', 'likeness')), P.knob_heatmap, lambda t: P.knob_heatmap(t, 'face', 'scale', 'distance'), lambda t: P.curves(t, 'face', lines='scale', ceiling={'likeness': .7, 'adherence': .5}), lambda t: P.curves(t, lines='face'),
     lambda t: P.trade_off(t, by='face'), lambda t: P.trade_off(t, 'distance', 'adherence', ('face', 'scale', 's_scale'), None), lambda t: P.curves(t, y=['likeness', 'distance', 'adherence', 'seed', 'scale'])])
 def test_awkward_tables(draw): check_layout(draw(nasty()))
 
@@ -173,7 +173,7 @@ def test_levels_and_labels():
     assert P._levels(t, 'a') == [.3, 2., None] and P._levels(t, 'b') == ['x', 'b', None] and P._levels(t, 'c') == [False, True] and P._levels(t, 'd') == ['[1]', '{}', 5] and P._levels(t, 'e') == [7, 2**31, 2**31 + 1]
     assert [P._label(v) for v in (.5, 1., 2147483647., 1/3, np.float32(.1), None, np.nan, 'Ada', np.int64(3), 1e-9, pd.NA)] == ['0.5', '1', '2147483647', '0.3333', '0.1', '–', '–', 'Ada', '3', '1e-09', '–']
 
-@pytest.mark.parametrize('draw', [P.structure_grid, P.knob_heatmap, P.curves, P.trade_off, P.contact_sheet])
+@pytest.mark.parametrize('draw', [P.structure_grid, P.knob_heatmap, P.curves, P.trade_off, P.all_pictures])
 def test_wrong_tables(draw):
     for wrong, message in ((5, 'not a table'), (sweep().iloc[:0], 'no rows'), (dict(other=[1]), 'no column .* it has other')):
         with pytest.raises(ArgumentError, match=message): draw(wrong)
@@ -181,7 +181,7 @@ def test_wrong_tables(draw):
 @pytest.mark.parametrize('as_other', [lambda t: t.to_dict('list'), lambda t: t.to_dict('records'), lambda t: t.set_index(pd.Index(range(7, 7 + len(t)))), lambda t: t.astype(dict(scale=object))])
 def test_tables_of_other_kinds(table, as_other):
     table = table.head(12)
-    for draw in (P.knob_heatmap, P.contact_sheet): assert (pixels(draw(as_other(table))) == pixels(draw(table))).all()
+    for draw in (P.knob_heatmap, P.all_pictures): assert (pixels(draw(as_other(table))) == pixels(draw(table))).all()
 
 def test_columns_that_hold_no_numbers(table):
     for draw in (P.knob_heatmap, P.curves, P.trade_off):
@@ -240,7 +240,7 @@ def test_tall_pictures_keep_their_shape(one):
     image = pixels(P.structure_grid(one.assign(image=[flat(colour_of(k), (60, 90)) for k in range(len(one))])))
     b, square = place(image, colour_of(0)), pixels(P.structure_grid(one))
     assert abs((b[3] - b[1])/(b[2] - b[0]) - 1.5) < .05 and image.shape[1] == square.shape[1] and image.shape[0] > square.shape[0] + 60
-    sheet = pixels(P.contact_sheet(one.assign(image=[flat(colour_of(k), (90, 60)) for k in range(len(one))])))
+    sheet = pixels(P.all_pictures(one.assign(image=[flat(colour_of(k), (90, 60)) for k in range(len(one))])))
     b = place(sheet, colour_of(0))
     assert b[0] < 10 and b[1] < 10
 
@@ -302,7 +302,7 @@ def test_many_columns_grow_the_figure():
 
 def test_contact_sheet_keeps_the_order_of_the_table(table):
     t = table.sample(13, random_state=0)
-    figure = P.contact_sheet(t, 5)
+    figure = P.all_pictures(t, 5)
     image, texts = pixels(figure), check_layout(figure)
     boxes = [place(image, p.getpixel((0, 0))) for p in t.image]
     assert all((a[0] < b[0] and abs(a[1] - b[1]) <= 1) if (k + 1) % 5 else (b[1] > a[3] and b[0] < 20) for k, (a, b) in enumerate(zip(boxes, boxes[1:])))
@@ -313,17 +313,17 @@ def test_contact_sheet_keeps_the_order_of_the_table(table):
 def test_what_a_sweep_notes_is_no_argument(one):
     "The columns of `Sweep.table` that differ from picture to picture without being asked for."
     t = one.assign(number=range(len(one)), key=[f'{k:064x}' for k in range(len(one))], judge='judge', device='cpu', made=np.arange(len(one)) + .5, seconds=.1, error='')
-    assert P._varying(t) == ['s_scale', 'seed'] and (pixels(P.contact_sheet(t)) == pixels(P.contact_sheet(one))).all() and (pixels(P.structure_grid(t)) == pixels(P.structure_grid(one))).all()
+    assert P._varying(t) == ['s_scale', 'seed'] and (pixels(P.all_pictures(t)) == pixels(P.all_pictures(one))).all() and (pixels(P.structure_grid(t)) == pixels(P.structure_grid(one))).all()
     with pytest.raises(ArgumentError, match='they are the same row twice'): P.structure_grid(pd.concat([t, t.assign(number=9, key='x', made=0.)]))
 
 def test_captions_of_ones_own(table):
     t = table.head(4)
-    words = lambda **how: [x[0].replace('\xa0', ' ') for x in drawn_texts(P.contact_sheet(t, **how))]
+    words = lambda **how: [x[0].replace('\xa0', ' ') for x in drawn_texts(P.all_pictures(t, **how))]
     assert [f'number {k}' for k in t.index] == words(caption=lambda r: f"number {list(t.likeness).index(r['likeness'])}") and words(caption='seed') == ['seed 3', 'seed 4', 'seed 3', 'seed 4']
     assert sorted(words(caption=('adherence', 'seed'))) == sorted([f'{a:.2f}\nseed {s}' for a, s in zip(t.adherence, t.seed)] + ['below each picture: prompt adherence'])
-    assert all(x.count('\n') < 2 for x in words(caption=lambda r: 'word '*40, lines=2)) and words(caption=lambda r: '') == [] and len(words(columns=100)) == 5 and pixels(P.contact_sheet(t, 100)).shape[1] <= 512
+    assert all(x.count('\n') < 2 for x in words(caption=lambda r: 'word '*40, lines=2)) and words(caption=lambda r: '') == [] and len(words(columns=100)) == 5 and pixels(P.all_pictures(t, 100)).shape[1] <= 512
     for wrong in (dict(columns=0), dict(caption='beauty')):
-        with pytest.raises(ArgumentError): P.contact_sheet(t, **wrong)
+        with pytest.raises(ArgumentError): P.all_pictures(t, **wrong)
 
 
 # -- heat maps
