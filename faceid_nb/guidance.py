@@ -25,7 +25,7 @@ def _fits(batch, rows, parts): return batch % parts == 0 and (batch // parts == 
 def _found(batch, rows): return f'Found {batch} rows for {rows} {"identity" if rows == 1 else "identities"}'
 
 def find_parts(batch, rows, repeats, says):
-    "How many copies of every sample a batch holds, 0 where it fits none; the arguments are those of `guidance_rows`."
+    "How many copies of every sample a batch holds, 0 where it fits none; see `guidance_rows`."
     exact_first = sorted((1, 2, 3), key=lambda p: (p * rows != batch, p == 1))
     fitting = (p for p in exact_first if _fits(batch, rows, p) and (p == 1 or repeats(p)))
     parts = next(fitting, 0)
@@ -52,12 +52,12 @@ def check_parts(batch, rows, parts, three_way):
 def guidance_rows(
     batch,            # rows that the UNet was given
     rows,             # rows that carry an identity, n; a single one may serve any number of samples
-    parts=None,       # copies of every sample: 1 without guidance, 2 with it, 3 for InstructPix2Pix; None: work it out
+    parts=None,       # copies of a sample: 1 without guidance, 2 with, 3 for InstructPix2Pix; None: find out
     repeats=lambda p: True,  # whether the batch consists of p equal parts, see `equal_parts`
     says=None,        # what the pipeline says of itself: guidance on, off, or None where nobody knows
     three_way=False,  # the UNet is InstructPix2Pix's, the only one whose three parts are known
 ):
-    "Row of the batch -> (which identity (batch,), whether it reads it (batch,)); the others are the unconditional rows."
+    "Row of the batch -> (which identity (batch,), whether it reads it (batch,)); the others read nobody."
     if parts is None: parts = find_parts(batch, rows, repeats, says)
     check_parts(batch, rows, parts, three_way)
     samples = batch // parts

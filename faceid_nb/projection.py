@@ -7,13 +7,14 @@ __all__ = ['MLPProjection', 'PerceiverAttention', 'perceiver_feedforward', 'Face
            'projection_from_state', 'RawProjection']
 
 # %% ../nbs/method/03_projection.ipynb #c2d38e53
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from torch import nn
 from .errors import CheckpointError, VariantError
 
 # %% ../nbs/method/03_projection.ipynb #d6c36b85
 class MLPProjection(nn.Module):
-    "Identity embedding -> `num_tokens` tokens as wide as text tokens. Parameter names are those of the official files."
+    "Identity embedding -> `num_tokens` tokens as wide as text tokens. Names as in the official files."
     def __init__(self,
         cross_attention_dim=768,  # d, width of a text token
         id_embeddings_dim=512,    # width of a face embedding
@@ -23,8 +24,11 @@ class MLPProjection(nn.Module):
         super().__init__()
         self.cross_attention_dim, self.num_tokens = cross_attention_dim, num_tokens
         hidden = hidden or 2 * id_embeddings_dim
-        self.proj = nn.Sequential(nn.Linear(id_embeddings_dim, hidden), nn.GELU(), nn.Linear(hidden, cross_attention_dim * num_tokens))
+        widen = nn.Linear(id_embeddings_dim, hidden)
+        self.proj = nn.Sequential(widen, nn.GELU(), nn.Linear(hidden, cross_attention_dim * num_tokens))
         self.norm = nn.LayerNorm(cross_attention_dim)
+    @property
+    def embedding_dim(self): return self.proj[0].in_features
     def forward(self,
         embeds,  # (B, 512), or (B, k, 512) for k photographs of one person
     ):
@@ -42,6 +46,7 @@ class PerceiverAttention(nn.Module):
         self.to_q = nn.Linear(dim, inner, bias=False)
         self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
+    def split(self, t): return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)    # (B, h, N, dim_head)
     def forward(self,
         x,        # (B, L, dim) picture features
         latents,  # (B, T, dim) queries
@@ -49,36 +54,37 @@ class PerceiverAttention(nn.Module):
     ):
         "-> (B, T, dim)"
         x, latents = self.norm1(x), self.norm2(latents)
-        split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)           # (B, h, N, dim_head)
-        q = split(self.to_q(latents))
-        k, v = map(split, self.to_kv(torch.cat([x, latents], 1)).chunk(2, -1))
+        q = self.split(self.to_q(latents))
+        k, v = map(self.split, self.to_kv(torch.cat([x, latents], 1)).chunk(2, -1))
         out = self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         if not need_weights: return out
         return out, (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
 
+# %% ../nbs/method/03_projection.ipynb #f95e9d89
 def perceiver_feedforward(dim, mult=4):
-    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, mult * dim, bias=False), nn.GELU(), nn.Linear(mult * dim, dim, bias=False))
+    wide = mult * dim
+    widen, narrow = nn.Linear(dim, wide, bias=False), nn.Linear(wide, dim, bias=False)
+    return nn.Sequential(nn.LayerNorm(dim), widen, nn.GELU(), narrow)
 
 # %% ../nbs/method/03_projection.ipynb #9b8b8efe
 class FacePerceiverResampler(nn.Module):
-    "Identity tokens read a crop's CLIP states, layer by layer. Parameter names are those of the official files."
+    "Identity tokens read a crop's CLIP states, layer by layer. Names as in the official files."
     def __init__(self,
         dim=768,             # width of the tokens
         depth=4,             # layers of attention and feed-forward
         dim_head=64, heads=None,  # heads is dim / 64 in every official file
         embedding_dim=1280,  # width of the picture features (ViT-H: 1280)
-        output_dim=None,
-        ff_mult=4,
+        output_dim=None, ff_mult=4,
     ):
         super().__init__()
-        self.proj_in, self.proj_out = nn.Linear(embedding_dim, dim), nn.Linear(dim, output_dim or dim)
-        self.norm_out = nn.LayerNorm(output_dim or dim)
-        self.layers = nn.ModuleList(nn.ModuleList([PerceiverAttention(dim, dim_head, heads or dim // dim_head), perceiver_feedforward(dim, ff_mult)])
-                                    for _ in range(depth))
-    def forward(self,
-        latents,  # (B, T, dim) identity tokens
-        x,        # (B, L, embedding_dim) second-to-last hidden states of the CLIP vision model
-    ):
+        heads, output_dim = heads or dim // dim_head, output_dim or dim
+        self.proj_in, self.proj_out = nn.Linear(embedding_dim, dim), nn.Linear(dim, output_dim)
+        self.norm_out = nn.LayerNorm(output_dim)
+        self.layers = nn.ModuleList()
+        for _ in range(depth):
+            attn, ff = PerceiverAttention(dim, dim_head, heads), perceiver_feedforward(dim, ff_mult)
+            self.layers.append(nn.ModuleList([attn, ff]))
+    def forward(self, latents, x):  # (B, T, dim) identity tokens, (B, L, embedding_dim) CLIP's states
         "-> (B, T, output_dim)"
         x = self.proj_in(x)
         for attn, ff in self.layers:
@@ -88,16 +94,22 @@ class FacePerceiverResampler(nn.Module):
 
 # %% ../nbs/method/03_projection.ipynb #e987c700
 class PlusProjection(MLPProjection):
-    "Plus: tokens that read the crop, `r`. PlusV2: identity tokens `x` and a weighed `s * r` beside them, `x + s * r`."
-    def __init__(self, cross_attention_dim=768, id_embeddings_dim=512, clip_embeddings_dim=1280, num_tokens=4, depth=4, dim_head=64, hidden=None,
+    "Plus: tokens that read the crop, `r`. PlusV2: identity tokens `x` and a weighed `r`: `x + s * r`."
+    def __init__(self, cross_attention_dim=768, id_embeddings_dim=512, clip_embeddings_dim=1280, num_tokens=4,
+                 depth=4, dim_head=64, hidden=None,
                  shortcut=True):  # True: PlusV2
         super().__init__(cross_attention_dim, id_embeddings_dim, num_tokens, hidden)
         self.shortcut = shortcut
-        self.perceiver_resampler = FacePerceiverResampler(cross_attention_dim, depth, dim_head, None, clip_embeddings_dim)
-    def parts(self, embeds, clip):
-        "(B, 512), (B, L, clip width) -> identity tokens x and resampled tokens r, (B, T, d) each: all that a sweep over `s_scale` needs"
+        width = cross_attention_dim
+        self.perceiver_resampler = FacePerceiverResampler(width, depth, dim_head, None, clip_embeddings_dim)
+    def parts(self, embeds, clip):  # (B, 512), (B, L, clip width)
+        "Identity tokens x and resampled tokens r, (B, T, d) each: all that a sweep over `s_scale` needs"
         x = super().forward(embeds)
         return x, self.perceiver_resampler(x, clip)
+    def combine(self, x, r, s_scale=1.0):
+        "What `parts` gives, put together: (B, T, d)"
+        if not self.shortcut: return r
+        return x + torch.as_tensor(s_scale, dtype=r.dtype, device=r.device).reshape(-1, 1, 1) * r
     def forward(self,
         embeds,       # (B, 512)
         clip,         # (B, L, clip width)
@@ -105,41 +117,81 @@ class PlusProjection(MLPProjection):
     ):
         "-> (B, num_tokens, d)"
         return self.combine(*self.parts(embeds, clip), s_scale)
-    def combine(self, x, r, s_scale=1.0):
-        "What `parts` gives, put together: (B, T, d)"
-        return x + torch.as_tensor(s_scale, dtype=r.dtype, device=r.device).reshape(-1, 1, 1) * r if self.shortcut else r
 
 # %% ../nbs/method/03_projection.ipynb #150e5d0d
+_RESAMPLER = 'perceiver_resampler.'
+
+def check_projection(state):
+    "Widths of a projection: (hidden, embedding, all tokens, token). Raises `CheckpointError`."
+    try:
+        hidden, id_dim = state['proj.0.weight'].shape
+        wide, d = len(state['proj.2.weight']), len(state['norm.weight'])
+    except (KeyError, ValueError):
+        raise CheckpointError(
+            'This is not a FaceID projection', f'Its tensors are {sorted(state)[:4]}',
+            'FaceID files have proj.0, proj.2 and norm; '
+            'a plain IP-Adapter (image prompt, not face) is another kind of file') from None
+    if wide % d:
+        raise CheckpointError(f'The projection makes {wide} numbers',
+                              f'It is no multiple of the token width {d}', 'The file is damaged')
+    return hidden, id_dim, wide, d
+
+# %% ../nbs/method/03_projection.ipynb #bf062969
+def _plus_of_state(state, widths, shortcut):
+    "An empty `PlusProjection` of the right size."
+    if shortcut is None:
+        raise VariantError('The checkpoint holds a perceiver resampler',
+                           'It is Plus or PlusV2, and its shapes cannot tell which',
+                           "Say variant='plus' or variant='plusv2'")
+    hidden, id_dim, wide, d = widths
+    layers = [k.removeprefix(_RESAMPLER) for k in state if k.startswith(f'{_RESAMPLER}layers.')]
+    depth = 1 + max(int(k.split('.')[1]) for k in layers)
+    clip_dim = state[f'{_RESAMPLER}proj_in.weight'].shape[1]
+    return PlusProjection(d, id_dim, clip_dim, wide // d, depth, hidden=hidden, shortcut=shortcut)
+
+def _load_floats(model, state):
+    "Put a checkpoint's tensors into a projection, in float32. Raises `CheckpointError`."
+    try: model.load_state_dict({k: v.float() for k, v in state.items()})
+    except RuntimeError as e:
+        raise CheckpointError('The projection tensors do not fit together', str(e).split('\n')[1].strip(),
+                              'The file is damaged or of another kind') from e
+    return model
+
+# %% ../nbs/method/03_projection.ipynb #b6581891
 def projection_from_state(
     state,           # the `image_proj` section of a checkpoint
     shortcut=None,   # for files with a resampler: True for PlusV2, False for Plus; shapes cannot tell
 ):
-    "The projection that fits these tensors, with them loaded."
-    try: (hidden, id_dim), wide, d = state['proj.0.weight'].shape, len(state['proj.2.weight']), len(state['norm.weight'])
-    except (KeyError, ValueError): raise CheckpointError('This is not a FaceID projection', f"Its tensors are {sorted(state)[:4]}",
-        'FaceID files have proj.0, proj.2 and norm; a plain IP-Adapter (image prompt, not face) is another kind of file') from None
-    if wide % d: raise CheckpointError(f'The projection makes {wide} numbers', f'It is no multiple of the token width {d}', 'The file is damaged')
-    if 'perceiver_resampler.proj_in.weight' not in state: model = MLPProjection(d, id_dim, wide // d, hidden)
-    elif shortcut is None: raise VariantError('The checkpoint holds a perceiver resampler', 'It is Plus or PlusV2, and its shapes cannot tell which',
-                                              "Say variant='plus' or variant='plusv2'")
-    else:
-        depth = 1 + max(int(k.split('.')[2]) for k in state if k.startswith('perceiver_resampler.layers.'))
-        model = PlusProjection(d, id_dim, state['perceiver_resampler.proj_in.weight'].shape[1], wide // d, depth, hidden=hidden, shortcut=shortcut)
-    try: model.load_state_dict({k: v.float() for k, v in state.items()})
-    except RuntimeError as e: raise CheckpointError('The projection tensors do not fit together', str(e).split('\n')[1].strip(), 'The file is damaged or of another kind') from e
-    return model
+    "The projection that fits these tensors, with them loaded. Raises `CheckpointError`, `VariantError`."
+    hidden, id_dim, wide, d = widths = check_projection(state)
+    has_resampler = f'{_RESAMPLER}proj_in.weight' in state
+    if has_resampler: return _load_floats(_plus_of_state(state, widths, shortcut), state)
+    return _load_floats(MLPProjection(d, id_dim, wide // d, hidden), state)
+
+# %% ../nbs/method/03_projection.ipynb #bd011b9b
+def _raw_sizes(state):
+    "Sizes of the resampler of an unnormalised Portrait, from its tensors."
+    layers = [k for k in state if k.startswith('layers.')]
+    return dict(
+        dim=state['latents'].shape[-1],
+        depth=1 + max(int(k.split('.')[1]) for k in layers),
+        dim_head=64, heads=len(state['layers.0.0.to_q.weight']) // 64,
+        embedding_dim=state['proj_in.weight'].shape[1], output_dim=len(state['proj_out.weight']))
 
 # %% ../nbs/method/03_projection.ipynb #5c707545
 class RawProjection(FacePerceiverResampler):
-    "Unnormalised Portrait: learnt queries read an embedding as the recogniser gives it. Parameter names are those of the official file."
+    "Unnormalised Portrait: learnt queries read an embedding as the recogniser gives it."
     def __init__(self, state):  # the `image_proj` section of a checkpoint
         try:
-            depth, heads = 1 + max(int(k.split('.')[1]) for k in state if k.startswith('layers.')), len(state['layers.0.0.to_q.weight']) // 64
-            super().__init__(state['latents'].shape[-1], depth, 64, heads, state['proj_in.weight'].shape[1], len(state['proj_out.weight']))
+            super().__init__(**_raw_sizes(state))
             self.latents = nn.Parameter(torch.empty(state['latents'].shape))   # (1, T, dim)
             self.load_state_dict({k: v.float() for k, v in state.items()})
-        except (KeyError, ValueError, RuntimeError) as e: raise CheckpointError('The projection tensors do not fit together', str(e).split('\n')[-1].strip(), 'The file is damaged or of another kind') from e
+        except (KeyError, ValueError, RuntimeError) as e:
+            why = str(e).split('\n')[-1].strip()
+            do = 'The file is damaged or of another kind'
+            raise CheckpointError('The projection tensors do not fit together', why, do) from e
         self.num_tokens, self.cross_attention_dim = self.latents.shape[1], self.proj_out.out_features
+        self.embedding_dim = self.proj_in.in_features
     @property
     def proj(self): return [self.proj_in]     # where the embedding enters, and
     @property
@@ -149,4 +201,5 @@ class RawProjection(FacePerceiverResampler):
     ):
         "-> (B, k * num_tokens, d)"
         x = embeds.reshape(-1, 1, embeds.shape[-1])                            # (B * k, 1, 512)
-        return super().forward(self.latents.expand(len(x), -1, -1), x).reshape(len(embeds), -1, self.cross_attention_dim)
+        tokens = super().forward(self.latents.expand(len(x), -1, -1), x)
+        return tokens.reshape(len(embeds), -1, self.cross_attention_dim)

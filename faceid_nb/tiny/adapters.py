@@ -5,11 +5,9 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'TURN', 'HELD_OUT', 'word_ids', 'aligned', 'captioned', 'unsaid', 'training_table', 'face_shapes',
            'lesson_scores', 'lesson_goal', 'teach_resampler', 'StructureReader', 'vague', 'train_structure_reader',
-           'differentiable_recogniser', 'start_from', 'train_tiny', 'ship', 'SceneReader', 'smear', 'train_reader',
-           'save_reader', 'load_reader', 'read_colours', 'read_scenes', 'questions', 'mean_interval', 'share_interval',
-           'Judge', 'likeness', 'photographs_of', 'as_tensor', 'Probe', 'evaluate', 'evaluate_base', 'correlation',
-           'evaluate_structure', 'show_structure', 'evaluate_photos', 'show_photos', 'show_table', 'show_base', 'sheet',
-           'scale_sheet', 'arguments', 'main']
+           'differentiable_recogniser', 'start_from', 'train_tiny', 'ship', 'mean_interval', 'share_interval', 'Judge',
+           'likeness', 'photographs_of', 'Probe', 'evaluate', 'evaluate_base', 'evaluate_structure', 'show_structure',
+           'evaluate_photos', 'show_photos', 'show_table', 'show_base', 'sheet', 'scale_sheet', 'arguments', 'main']
 
 # %% ../../nbs/tiny/adapters.ipynb #24ed4f67
 import argparse, copy, json, math, random, sys, time
@@ -23,6 +21,8 @@ from ..align import crop_template
 from ..projection import MLPProjection
 from ..errors import ArgumentError, FaceIDError, WeightsMissingError
 from . import people as drawn
+from .scenes import (SceneReader, as_tensor, correlation, load_reader, questions, read_colours,  # noqa: F401: other rooms
+    read_scenes, save_reader, smear, train_reader)
 from ..train import LatentTable, has_bf16, line, train
 
 # %% ../../nbs/tiny/adapters.ipynb #8bf88b8d
@@ -250,92 +250,6 @@ def ship(
     for k in ('weight', 'bias') if gain != 1 else (): net[f'perceiver_resampler.norm_out.{k}'] = net[f'perceiver_resampler.norm_out.{k}'].float()*gain
     return save_checkpoint({part: {k: v.to(dtype) for k, v in tensors.items()} for part, tensors in dict(image_proj=net, ip_adapter=c.ip_adapter).items()}, Path(out)/f'{Path(checkpoint).stem}.safetensors', c.variant)
 
-# %% ../../nbs/tiny/adapters.ipynb #bac6306a
-class SceneReader(nn.Module):
-    "Pictures (B,3,64,64) in 0..1 -> expression (B,4) and glasses (B,1) as logits, yaw (B,1) in radians."
-    def __init__(self, widths=(16, 32, 64, 96)):
-        super().__init__()
-        block = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU(), nn.Conv2d(o, o, 3, 1, 1, groups=o, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-        self.body = nn.Sequential(*map(block, (3, *widths[:-1]), widths), nn.Flatten(), nn.Linear(widths[-1]*16, 96), nn.ReLU())
-        self.head = nn.Linear(96, 6)
-    def forward(self, x):
-        y = self.head(self.body(x*2 - 1))
-        return y[:, :4], y[:, 4:5], y[:, 5:]
-
-def smear(x, g):
-    "Blur and noise, as generated pictures have them; every row its own amount."
-    blur = F.avg_pool2d(F.pad(x, (1,)*4, mode='replicate'), 3, 1)
-    r = lambda: torch.rand(len(x), 1, 1, 1, generator=g)
-    return (torch.lerp(x, blur, r()*(r() < .7)) + .06*r()*torch.randn(x.shape, generator=g)).clamp(0, 1)
-
-def train_reader(photos, steps=1500, batch=128, lr=3e-3, seed=0):
-    "Generator of figures; the last one holds the trained `reader`. The last 2000 photographs are held out."
-    torch.manual_seed(seed)
-    g = torch.Generator().manual_seed(seed)
-    model = SceneReader().to(memory_format=torch.channels_last)
-    s, n = photos['scenes'], len(photos['images']) - min(2000, len(photos['images'])//5)
-    opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=.1)
-    for step in range(steps):
-        i = torch.randint(n, (batch,), generator=g)
-        expression, glasses, yaw = model(smear(photos['images'][i].float()/255, g).contiguous(memory_format=torch.channels_last))
-        loss = F.cross_entropy(expression, s['expression'][i]) + F.binary_cross_entropy_with_logits(glasses[:, 0], s['glasses'][i]) + 5*F.mse_loss(yaw[:, 0], s['yaw'][i])
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        schedule.step()
-        if step % 100 == 99: yield dict(step=step + 1, loss=float(loss.detach()))
-    model.eval()
-    i = torch.arange(n, len(photos['images']))
-    with torch.no_grad(): expression, glasses, yaw = (torch.cat(x) for x in zip(*(model(photos['images'][k].float()/255) for k in i.split(250))))
-    right = dict(expression=float((expression.argmax(1) == s['expression'][i]).float().mean()), glasses=float(((glasses[:, 0] > 0) == (s['glasses'][i] > 0)).float().mean()),
-                 yaw=float(torch.corrcoef(torch.stack([yaw[:, 0], s['yaw'][i]]))[0, 1]))
-    yield dict(step=steps, reader=model, **right)
-
-def save_reader(model, path):
-    "The reader's weights as float16."
-    from safetensors.torch import save_file
-    save_file({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}, str(path))
-
-def load_reader(path):
-    "A `SceneReader` from its file. Raises WeightsMissingError."
-    from safetensors.torch import load_file
-    if not Path(path).exists(): raise WeightsMissingError(f'The reader of scenes is not at {path}', '', 'python -m faceid_nb.tiny.adapters reader --parts DIR --out DIR makes it')
-    model = SceneReader()
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(str(path)).items()})
-    return model.eval()
-
-# %% ../../nbs/tiny/adapters.ipynb #2cdd0b93
-def read_colours(
-    images,  # (N,3,64,64) in 0..1
-):
-    "Index of the palette's nearest colour for shirt and for background: (N,), (N,)"
-    palette = torch.tensor(list(drawn.COLOURS.values()))
-    name = lambda p: (p.median(2)[0][:, None] - palette).pow(2).sum(2).argmin(1)
-    return name(images[:, :, 59:64, 24:40].flatten(2)), name(torch.cat([images[:, :, 2:16, 1:6].flatten(2), images[:, :, 2:16, 58:63].flatten(2)], 2))
-
-@torch.no_grad()
-def read_scenes(
-    images,   # (N,3,64,64) in 0..1
-    reader,   # a `SceneReader`
-):
-    "What is to be seen: dict of (N,) shirt, background, expression (indices), glasses (0 or 1), yaw."
-    shirt, background = read_colours(images)
-    expression, glasses, yaw = reader(images)
-    return dict(shirt=shirt, background=background, expression=expression.argmax(1), glasses=(glasses[:, 0] > 0).long(), yaw=yaw[:, 0])
-
-# %% ../../nbs/tiny/adapters.ipynb #dff383b1
-def questions(n, seed=0):
-    "n prompts, and what a picture that follows them shows: list of texts, dict of (n,)"
-    rng = random.Random(seed)
-    colours = list(drawn.COLOURS)
-    rows = []
-    for i in range(n):
-        shirt, background, mood, glasses = rng.choice(colours), rng.choice(colours), drawn.EXPRESSIONS[i % 4], int(i//4 % 4 == i % 4)
-        rows.append((f'photo of a person in a {shirt} shirt, {mood}, {background} background' + ', wearing glasses'*glasses, colours.index(shirt), colours.index(background), i % 4, glasses))
-    texts, *columns = zip(*rows)
-    return list(texts), dict(zip(('shirt', 'background', 'expression', 'glasses'), map(torch.tensor, columns)))
-
 # %% ../../nbs/tiny/adapters.ipynb #21226c88
 def mean_interval(
     values,  # (people,) or (people, pictures); nan is left out
@@ -399,11 +313,6 @@ def photographs_of(n, seed=HELD_OUT, size=256):
     "References of n people nobody was trained on (no hat, no glasses), and another photograph of each at 64 pixels: two lists of PIL pictures."
     people = drawn.sample_people(n, seed)
     return [p.image for p in drawn.render(people, seed=seed + 1, size=size, hat=None, glasses=0)], [p.image for p in drawn.render(people, seed=seed + 2, size=64, hat=None)]
-
-def as_tensor(images):
-    "PIL pictures -> (N,3,64,64) in 0..1"
-    import numpy as np
-    return torch.stack([torch.from_numpy(np.array(i.convert('RGB').resize((64, 64)))) for i in images]).permute(0, 3, 1, 2).float()/255
 
 class Probe:
     "A quick look at a training: gap and rank-1 of a few people nobody was trained on, by the judge."
@@ -477,15 +386,6 @@ def evaluate_base(
     return dict(n=n, seconds=(time.time() - start)/n, **row), images
 
 # %% ../../nbs/tiny/adapters.ipynb #bbad2532
-def correlation(a, b):
-    "Pearson's r, and the low and high end of its 95% interval (Fisher's z). Rows with a nan are left out."
-    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
-    ok = ~(a.isnan() | b.isnan())
-    a, b = a[ok], b[ok]
-    r = float(torch.corrcoef(torch.stack([a, b]))[0, 1])
-    z, half = math.atanh(max(-.999, min(.999, r))), 1.96/math.sqrt(max(len(a) - 3, 1))
-    return r, math.tanh(z - half), math.tanh(z + half)
-
 def evaluate_structure(
     faceid,          # a `FaceID` of Plus or PlusV2
     judge, scenes,   # a `Judge`, a `SceneReader`

@@ -1,10 +1,12 @@
-"""Decoupled attention: equality with diffusers at random shapes, the batch's rows, the constants of a generation."""
+"""Decoupled attention: equal to diffusers' at random shapes, rows of a batch, constants of a generation."""
 import itertools
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from diffusers.models.attention_processor import (Attention, AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, IPAdapterAttnProcessor,
-                                                  IPAdapterAttnProcessor2_0, SlicedAttnProcessor)
-from faceid_nb.attention import DecoupledAttention, attend, attention_weights, check_processor, cross_attention_layers, split_heads
+from diffusers.models.attention_processor import (
+    Attention, AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, IPAdapterAttnProcessor,
+    IPAdapterAttnProcessor2_0, SlicedAttnProcessor)
+from faceid_nb.attention import (
+    DecoupledAttention, attend, attention_weights, check_processor, cross_attention_layers, split_heads)
 from faceid_nb.errors import ArgumentError, GuidanceError
 from faceid_nb.guidance import guidance_rows
 import goldens_build as G
@@ -16,16 +18,19 @@ def layer(heads=2, c=8, d=12, seed=0):
     torch.manual_seed(seed)
     return Attention(query_dim=heads * c, cross_attention_dim=d, heads=heads, dim_head=c).eval()
 
-shapes = dict(heads=st.integers(1, 4), c=st.sampled_from([4, 8]), d=st.sampled_from([6, 16]), N=st.integers(1, 9), L=st.integers(1, 7), T=st.integers(1, 6),
-              B=st.integers(1, 4), scale=st.floats(-1, 2, width=32), seed=st.integers(0, 999))
+shapes = dict(
+    heads=st.integers(1, 4), c=st.sampled_from([4, 8]), d=st.sampled_from([6, 16]),
+    N=st.integers(1, 9), L=st.integers(1, 7), T=st.integers(1, 6), B=st.integers(1, 4),
+    scale=st.floats(-1, 2, width=32), seed=st.integers(0, 999))
 
 @quick
 @given(**shapes, sdpa=st.booleans())
 @torch.no_grad()
-def test_equals_diffusers_processor(heads, c, d, N, L, T, B, scale, seed, sdpa):
+def test_equals_diffusers_processor(*, heads, c, d, N, L, T, B, scale, seed, sdpa):
     attn = layer(heads, c, d, seed)
     x, text, face = torch.randn(B, N, heads * c), torch.randn(B, L, d), torch.randn(B, T, d)
-    theirs = (IPAdapterAttnProcessor2_0 if sdpa else IPAdapterAttnProcessor)(heads * c, d, num_tokens=(T,), scale=[scale])
+    kind = IPAdapterAttnProcessor2_0 if sdpa else IPAdapterAttnProcessor
+    theirs = kind(heads * c, d, num_tokens=(T,), scale=[scale])
     ours = DecoupledAttention(attn.processor, sdpa)
     k, v = (split_heads(w(face), heads) for w in (theirs.to_k_ip[0], theirs.to_v_ip[0]))
     ours.kv = k, v * scale
@@ -33,7 +38,7 @@ def test_equals_diffusers_processor(heads, c, d, N, L, T, B, scale, seed, sdpa):
 
 @quick
 @given(**shapes)
-def test_attend_both_ways(heads, c, d, N, L, T, B, scale, seed):
+def test_attend_both_ways(*, heads, c, d, N, L, T, B, scale, seed):
     torch.manual_seed(seed)
     q, k, v = torch.randn(B, heads, N, c), torch.randn(B, heads, L, c), torch.randn(B, heads, L, c)
     mask = torch.randn(B, heads, 1, L)
@@ -82,7 +87,7 @@ def test_text_constants_are_kept_and_noticed_when_they_change():
     close(p(attn, x, other), attn(x, other))
     assert len(calls) == n + 2
     p.clear()
-    assert p.text is None
+    assert p.prompt.text is None
 
 def test_training_keeps_no_constants():
     attn = layer()
@@ -91,7 +96,7 @@ def test_training_keeps_no_constants():
     kv = torch.randn(2, 1, 2, 4, 8, requires_grad=True)
     p.kv = tuple(kv)
     for _ in range(2): p(attn, x, text).sum().backward()
-    assert p.text is None and kv.grad.abs().sum() > 0
+    assert p.prompt.text is None and kv.grad.abs().sum() > 0
 
 @torch.no_grad()
 def test_record():
@@ -110,19 +115,21 @@ def rows(*a, **k): return tuple(t.tolist() for t in guidance_rows(*a, **k))
 @pytest.mark.parametrize('n,parts', itertools.product(range(1, 6), (1, 2, 3)))
 def test_rows_exact(n, parts):
     own = list(range(n))
-    want = {1: (own, [True] * n), 2: (own * 2, [False] * n + [True] * n), 3: (own * 3, [True] * n + [False] * 2 * n)}[parts]
+    reads = {1: [True] * n, 2: [False] * n + [True] * n, 3: [True] * n + [False] * 2 * n}
+    want = own * parts, reads[parts]
     assert rows(n * parts, n, three_way=True) == want
     assert rows(n * parts, n, parts, three_way=True) == want
 
 @pytest.mark.parametrize('m,parts', itertools.product(range(1, 7), (1, 2)))
 def test_one_identity_serves_any_number_of_samples(m, parts):
-    repeats = lambda p: parts % p == 0 or p == 1   # what the batch looks like: `parts` equal parts, all rows otherwise different
-    who, reads = rows(m * parts, 1, repeats=lambda p: p == parts)
+    who, reads = rows(m * parts, 1, repeats=lambda p: p == parts)   # the batch has `parts` equal parts
     assert who == [0] * m * parts and reads == ([True] * m if parts == 1 else [False] * m + [True] * m)
     assert rows(m * parts, 1, parts) == (who, reads)
 
-@pytest.mark.parametrize('batch,n,kw', [(5, 2, {}), (6, 4, {}), (8, 2, {}), (3, 2, {}), (7, 2, dict(parts=2)), (4, 2, dict(parts=1)), (4, 2, dict(parts=4)),
-                                        (4, 2, dict(repeats=lambda p: False)), (3, 1, {}), (6, 2, {}), (2, 2, dict(says=True)), (4, 2, dict(says=False))])
+@pytest.mark.parametrize('batch,n,kw', [
+    (5, 2, {}), (6, 4, {}), (8, 2, {}), (3, 2, {}), (3, 1, {}), (6, 2, {}),
+    (7, 2, dict(parts=2)), (4, 2, dict(parts=1)), (4, 2, dict(parts=4)),
+    (4, 2, dict(repeats=lambda p: False)), (2, 2, dict(says=True)), (4, 2, dict(says=False))])
 def test_rows_refused(batch, n, kw):
     with pytest.raises(GuidanceError) as e: guidance_rows(batch, n, **kw)
     assert f'{batch} rows' in str(e.value)
@@ -130,7 +137,8 @@ def test_rows_refused(batch, n, kw):
 def test_rows_believe_the_batch_when_the_pipeline_agrees():
     assert rows(4, 2, says=True)[1] == [False, False, True, True]
     assert rows(2, 2, says=False)[1] == [True, True]
-    assert rows(2, 2, says=True, repeats=lambda p: False)[1] == [True, True]   # an old answer of the pipeline: the rows differ, so no guidance
+    # an old answer of the pipeline: the rows differ, so no guidance
+    assert rows(2, 2, says=True, repeats=lambda p: False)[1] == [True, True]
 
 # --- the UNet's layers
 
@@ -146,6 +154,8 @@ def test_layers_follow_the_official_numbering(kind):
 def test_not_a_unet():
     with pytest.raises(ArgumentError, match='Linear'): cross_attention_layers(torch.nn.Linear(1, 1))
 
-@pytest.mark.parametrize('processor,word', [(IPAdapterAttnProcessor2_0(8, 8), 'unload_ip_adapter'), (FusedAttnProcessor2_0(), 'unfuse'), (object(), 'set_default')])
+@pytest.mark.parametrize('processor,word', [
+    (IPAdapterAttnProcessor2_0(8, 8), 'unload_ip_adapter'), (FusedAttnProcessor2_0(), 'unfuse'),
+    (object(), 'set_default')])
 def test_foreign_processors_are_refused(processor, word):
     with pytest.raises(ArgumentError, match=word): check_processor('mid_block', processor)

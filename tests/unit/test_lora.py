@@ -1,13 +1,17 @@
 """Folding and unfolding: bit for bit, whatever happens in between."""
 import copy
 import pytest, torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from hypothesis import given, settings, strategies as st
+from peft import LoraConfig, inject_adapter_in_model
 from faceid_nb.errors import LoRAError
-from faceid_nb.lora import LoRA, can_fold, folded, lora_pairs
+from faceid_nb.lora import Folded, LoRA, can_fold, folded, lora_from_checkpoint, lora_pairs, read_lora
 import goldens_build as G
 
 quick = settings(max_examples=25, deadline=None)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 class Net(nn.Module):
     def __init__(self, i=6, o=5, dtype=torch.float32):
@@ -19,15 +23,25 @@ class Net(nn.Module):
 
 def lora_of(net, r, seed=0, conv=True):
     g = torch.Generator().manual_seed(seed)
-    rand = lambda *s: torch.randn(*s, generator=g)
+    def rand(*shape): return torch.randn(*shape, generator=g)
     (o, i) = net.a.weight.shape
-    lora = {'a.down': rand(r, i), 'a.up': rand(o, r), 'b.down': rand(r, o), 'b.up': rand(i, r), 'to_out.0.down': rand(r, i), 'to_out.0.up': rand(i, r)}
+    lora = {'a.down': rand(r, i), 'a.up': rand(o, r), 'b.down': rand(r, o), 'b.up': rand(i, r),
+            'to_out.0.down': rand(r, i), 'to_out.0.up': rand(i, r)}
     return lora | ({'conv.down': rand(r, 3, 3, 3), 'conv.up': rand(4, r, 1, 1)} if conv else {})
+
+
 def snapshot(net): return {k: v.clone() for k, v in net.state_dict().items()}
+
+
 def same(net, snap): return all(torch.equal(v, snap[k]) for k, v in net.state_dict().items())
 
+
+def inside(lora): return {path for path, part in lora.parts.items() if isinstance(part, Folded)}
+
+
 @quick
-@given(r=st.integers(1, 4), w=st.floats(-2, 2, width=32), seed=st.integers(0, 99), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+@given(r=st.integers(1, 4), w=st.floats(-2, 2, width=32), seed=st.integers(0, 99),
+       dtype=st.sampled_from(DTYPES))
 def test_undo_is_exact(r, w, seed, dtype):
     torch.manual_seed(seed)
     net = Net(dtype=dtype)
@@ -108,13 +122,12 @@ def test_a_quantised_layer_keeps_its_numbers_and_the_lora_runs_beside():
     before = net.a.weight.clone()
     assert not can_fold(net.a)
     l = LoRA(net, lora)
-    assert len(l.hooks) == 1 and set(l.kept) == {'b', 'to_out.0'}
+    assert len(l.hooks) == 1 and inside(l) == {'b', 'to_out.0'}
     assert torch.equal(net.a.weight, before) and (net(x) - y).abs().max() < .5
     l.undo()
     assert not net.a._forward_hooks
 
 def test_layers_that_peft_wrapped():
-    from peft import LoraConfig, inject_adapter_in_model
     net = Net()
     plain = copy.deepcopy(net)
     before = snapshot(net)
@@ -126,9 +139,12 @@ def test_layers_that_peft_wrapped():
     assert torch.equal(net.a.base_layer.weight, before['a.weight'])
 
 @pytest.mark.parametrize('change,word', [
-    (lambda l: l.pop('b.up'), 'incomplete'), (lambda l: l.pop('b.down'), 'incomplete'),
-    (lambda l: l.update({'b.down': l['b.down'][:, :-1]}), 'does not fit'), (lambda l: l.update({'b.up': l['b.up'][:-1]}), 'does not fit'),
-    (lambda l: l.update({'b.down': l['b.down'][:1]}), 'does not fit'), (lambda l: l.update({'c.down': l['b.down'], 'c.up': l['b.up']}), 'no such layer')])
+    (lambda l: l.pop('b.up'), 'incomplete'),
+    (lambda l: l.pop('b.down'), 'incomplete'),
+    (lambda l: l.update({'b.down': l['b.down'][:, :-1]}), 'does not fit'),
+    (lambda l: l.update({'b.up': l['b.up'][:-1]}), 'does not fit'),
+    (lambda l: l.update({'b.down': l['b.down'][:1]}), 'does not fit'),
+    (lambda l: l.update({'c.down': l['b.down'], 'c.up': l['b.up']}), 'no such layer')])
 def test_errors_leave_the_model_alone(change, word):
     net = Net()
     before = snapshot(net)
@@ -137,57 +153,72 @@ def test_errors_leave_the_model_alone(change, word):
     with pytest.raises(LoRAError, match=word): LoRA(net, lora)
     assert same(net, before) and not net.a._forward_hooks
 
-@pytest.mark.parametrize('fold', [True, False])
-def test_an_exception_half_way_is_undone(monkeypatch, fold):
-    net = Net()
-    before = snapshot(net)
-    calls = []
+def break_weighing(monkeypatch):
+    "Two layers are changed, then there is no memory left."
     def fail(self, weight):
         for path, (layer, down, up) in list(self.pairs.items())[:2]: layer.weight.data = layer.weight.data + 1
         raise MemoryError('no memory left')
-    if fold: monkeypatch.setattr(LoRA, 'weigh', fail)
-    else:
-        real = nn.Linear.register_forward_hook
-        def third(self, *a, **k):
-            calls.append(1)
-            if len(calls) == 3: raise MemoryError('no memory left')
-            return real(self, *a, **k)
-        monkeypatch.setattr(nn.Linear, 'register_forward_hook', third)
+    monkeypatch.setattr(LoRA, 'weigh', fail)
+
+
+def break_the_third_hook(monkeypatch):
+    calls, real = [], nn.Linear.register_forward_hook
+    def third(self, *a, **k):
+        calls.append(1)
+        if len(calls) == 3: raise MemoryError('no memory left')
+        return real(self, *a, **k)
+    monkeypatch.setattr(nn.Linear, 'register_forward_hook', third)
+
+
+@pytest.mark.parametrize('fold, break_it', [(True, break_weighing), (False, break_the_third_hook)])
+def test_an_exception_half_way_is_undone(monkeypatch, fold, break_it):
+    net = Net()
+    before = snapshot(net)
+    break_it(monkeypatch)
     with pytest.raises(MemoryError): LoRA(net, lora_of(net, 2, conv=False), fold=fold)
     assert same(net, before) and not any(m._forward_hooks for m in net.modules())
 
+
 def test_official_file_names_meet_the_unet(tmp_path):
-    from faceid_nb.lora import lora_from_checkpoint, read_lora
     unet = G.unet()
     names = list(unet.attn_processors)
     separate = read_lora(G.write_checkpoint('ip-adapter-faceid_sd15_lora.safetensors', tmp_path))
     inside = lora_from_checkpoint(G.state('ip-adapter-faceid_sd15.bin')['ip_adapter'], names)
     assert set(separate) == set(inside) and len(lora_pairs(unet, inside)) == 4 * len(names)
 
-def test_sequential_offloading():
-    "Weights that accelerate keeps elsewhere: beside when offloaded before, a clear error when offloaded after, never half."
-    from accelerate import cpu_offload
-    from accelerate.hooks import remove_hook_from_submodules
+@pytest.fixture
+def offload():
+    "A net, its LoRA, an input, the bare output, and the output with the LoRA folded in."
     net = Net()
-    lora = lora_of(net, 2, conv=False)
-    x = torch.randn(3, 6)
-    before = snapshot(net)
+    lora, x = lora_of(net, 2, conv=False), torch.randn(3, 6)
     bare = net(x)
     l = LoRA(net, lora)
-    y = net(x)
+    with_lora = net(x)
     l.undo()
+    return net, lora, x, bare, with_lora
+
+
+def close(a, b): return (a - b).abs().max() < 1e-4 * (1 + b.abs().max())
+
+
+def test_offloaded_before_it_runs_beside(offload):
+    net, lora, x, bare, want = offload
     cpu_offload(net, torch.device('cpu'))
     assert net.a.weight.is_meta
     l = LoRA(net, lora)
-    assert not l.kept and (net(x) - y).abs().max() < 1e-4 * (1 + y.abs().max())
+    assert not inside(l) and close(net(x), want)
     l.undo()
     assert (net(x) - bare).abs().max() < 1e-6
-    remove_hook_from_submodules(net)
+
+
+def test_offloaded_after_it_is_a_clear_error_never_half(offload):
+    net, lora, x, bare, want = offload
+    before = snapshot(net)
     l = LoRA(net, lora)
     cpu_offload(net, torch.device('cpu'))
     for change in (l.undo, lambda: l.weigh(.5)):
         with pytest.raises(LoRAError, match='remove_all_hooks'): change()
-    assert (net(x) - y).abs().max() < 1e-4 * (1 + y.abs().max())
+    assert close(net(x), want)
     remove_hook_from_submodules(net)
     l.undo()
     assert same(net, before)

@@ -1,7 +1,7 @@
 """Identity -> tokens: equality with diffusers at random shapes, and what the classes promise."""
 import pytest, torch
+from diffusers import UNet2DConditionModel
 from hypothesis import given, settings, strategies as st
-from diffusers.loaders.ip_adapter import IPAdapterMixin  # noqa: F401  (diffusers' loader is what the converted weights go through)
 from diffusers.models.embeddings import IPAdapterFaceIDImageProjection
 from faceid_nb.errors import CheckpointError, VariantError
 from faceid_nb.projection import FacePerceiverResampler, MLPProjection, PlusProjection, projection_from_state
@@ -11,22 +11,25 @@ quick = settings(max_examples=20, deadline=None)
 def close(a, b, tol=1e-5): assert (a - b).abs().max().item() < tol
 
 @quick
-@given(d=st.sampled_from([8, 64, 96]), width=st.sampled_from([16, 512]), tokens=st.integers(1, 16), n=st.integers(1, 5), seed=st.integers(0, 99))
+@given(d=st.sampled_from([8, 64, 96]), width=st.sampled_from([16, 512]), tokens=st.integers(1, 16),
+       n=st.integers(1, 5), seed=st.integers(0, 99))
 def test_mlp_equals_diffusers(d, width, tokens, n, seed):
     torch.manual_seed(seed)
     ours, theirs = MLPProjection(d, width, tokens), IPAdapterFaceIDImageProjection(width, d, 2, tokens)
-    s = ours.state_dict()
-    theirs.load_state_dict({k.replace('proj.0', 'ff.net.0.proj').replace('proj.2', 'ff.net.2'): v for k, v in s.items()})
+    renamed = {k.replace('proj.0', 'ff.net.0.proj').replace('proj.2', 'ff.net.2'): v
+               for k, v in ours.state_dict().items()}
+    theirs.load_state_dict(renamed)
     x = torch.randn(n, width)
     assert ours(x).shape == (n, tokens, d)
     close(ours(x), theirs(x))
 
-@pytest.mark.parametrize('name,shortcut', [('plus_sd15', False), ('plusv2_sd15', True), ('plusv2_sdxl', True)])
+@pytest.mark.parametrize('name,shortcut',
+                         [('plus_sd15', False), ('plusv2_sd15', True), ('plusv2_sdxl', True)])
 def test_plus_equals_diffusers(name, shortcut):
     "Through diffusers' own conversion of the official layout."
-    from diffusers import UNet2DConditionModel
     state = G.state(f'ip-adapter-faceid-{name}.bin')['image_proj']
-    theirs = UNet2DConditionModel._convert_ip_adapter_image_proj_to_diffusers(None, dict(state), low_cpu_mem_usage=False)
+    convert = UNet2DConditionModel._convert_ip_adapter_image_proj_to_diffusers
+    theirs = convert(None, dict(state), low_cpu_mem_usage=False)
     theirs.shortcut, theirs.shortcut_scale = shortcut, 0.7
     ours = projection_from_state(state, shortcut)
     x, clip = torch.nn.functional.normalize(torch.randn(3, 512), dim=-1), torch.randn(3, 17, 96)
@@ -70,10 +73,16 @@ def test_from_state_reads_every_official_layout(name):
     assert p.num_tokens == (16 if 'portrait' in name else 4) and p.norm.weight.dtype == torch.float32
     assert set(p.state_dict()) == set(state)
 
-def test_from_state_errors():
-    mlp, plus = G.state('ip-adapter-faceid_sd15.bin')['image_proj'], G.state('ip-adapter-faceid-plus_sd15.bin')['image_proj']
+def test_plus_or_plusv2_has_to_be_said():
+    plus = G.state('ip-adapter-faceid-plus_sd15.bin')['image_proj']
     with pytest.raises(VariantError, match="variant='plus'"): projection_from_state(plus)
+
+
+def test_from_state_errors():
+    mlp = G.state('ip-adapter-faceid_sd15.bin')['image_proj']
     for gone in mlp:
-        with pytest.raises(CheckpointError): projection_from_state({k: v for k, v in mlp.items() if k != gone})
-    with pytest.raises(CheckpointError): projection_from_state({**mlp, 'proj.2.weight': mlp['proj.2.weight'][:-1]})
+        rest = {k: v for k, v in mlp.items() if k != gone}
+        with pytest.raises(CheckpointError): projection_from_state(rest)
+    shorter = {**mlp, 'proj.2.weight': mlp['proj.2.weight'][:-1]}
+    with pytest.raises(CheckpointError): projection_from_state(shorter)
     with pytest.raises(CheckpointError): projection_from_state({'proj.weight': torch.zeros(2, 2)})
