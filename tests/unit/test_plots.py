@@ -102,7 +102,7 @@ FIGURES = dict(grid=lambda t: P.structure_grid(t[(t.face == 'Ben') & (t.scale ==
                                                reference=flat('red', (300, 300))),
                people=lambda t: P.structure_grid(t[(t.seed == 3) & (t.s_scale == 0)], 'face', 'scale',
                                                  {'Ada': flat('red'), 'Cleo': flat('blue')}),
-               sheet=lambda t: P.contact_sheet(t),
+               sheet=lambda t: P.all_pictures(t),
                similarity=lambda t: P.similarity_heatmap(np.random.default_rng(0).random((12, 12))),
                knobs=lambda t: P.knob_heatmap(t), curves=lambda t: P.curves(t, lines='s_scale', ceiling=.8),
                trade_off=lambda t: P.trade_off(t, by=('scale', 's_scale'), chosen=dict(scale=.8, s_scale=.5)),
@@ -133,9 +133,9 @@ def nasty():
                          [lambda t: P.structure_grid(t[(t.seed == 3) & (t.s_scale == 0)], 'scale', 'face',
                                                      flat('red')),
                           lambda t: P.structure_grid(t[(t.seed == 3) & (t.s_scale == 0)], 'face', 'scale'),
-                          lambda t: P.contact_sheet(t, 6),
-                          lambda t: P.contact_sheet(t.head(3), caption=('prompt', 'likeness')),
-                          P.knob_heatmap, lambda t: P.knob_heatmap(t, 'face', 'scale', 'distance'),
+                          lambda t: P.all_pictures(t, 6),
+                          lambda t: P.all_pictures(t.head(3), caption=('prompt', 'likeness')), P.knob_heatmap,
+                          lambda t: P.knob_heatmap(t, 'face', 'scale', 'distance'),
                           lambda t: P.curves(t, 'face', lines='scale',
                                              ceiling={'likeness': .7, 'adherence': .5}),
                           lambda t: P.curves(t, lines='face'), lambda t: P.trade_off(t, by='face'),
@@ -215,7 +215,7 @@ def test_levels_and_labels():
                                   1e-9, pd.NA)] == ['0.5', '1', '2147483647', '0.3333', '0.1', '–', '–',
                                                     'Ada', '3', '1e-09', '–']
 
-@pytest.mark.parametrize('draw', [P.structure_grid, P.knob_heatmap, P.curves, P.trade_off, P.contact_sheet])
+@pytest.mark.parametrize('draw', [P.structure_grid, P.knob_heatmap, P.curves, P.trade_off, P.all_pictures])
 def test_wrong_tables(draw):
     for wrong, message in ((5, 'not a table'), (sweep().iloc[:0], 'no rows'),
                            (dict(other=[1]), 'no column .* it has other')):
@@ -226,7 +226,7 @@ def test_wrong_tables(draw):
                                       lambda t: t.astype(dict(scale=object))])
 def test_tables_of_other_kinds(table, as_other):
     table = table.head(12)
-    for draw in (P.knob_heatmap, P.contact_sheet):
+    for draw in (P.knob_heatmap, P.all_pictures):
         assert (pixels(draw(as_other(table))) == pixels(draw(table))).all()
 
 def test_columns_that_hold_no_numbers(table):
@@ -300,7 +300,7 @@ def test_tall_pictures_keep_their_shape(one):
     assert abs((b[3] - b[1])/(b[2] - b[0]) - 1.5) < .05
     assert image.shape[1] == square.shape[1]
     assert image.shape[0] > square.shape[0] + 60
-    sheet = pixels(P.contact_sheet(one.assign(image=[flat(colour_of(k), (90, 60)) for k in range(len(one))])))
+    sheet = pixels(P.all_pictures(one.assign(image=[flat(colour_of(k), (90, 60)) for k in range(len(one))])))
     b = place(sheet, colour_of(0))
     assert b[0] < 10 and b[1] < 10
 
@@ -375,7 +375,7 @@ def test_many_columns_grow_the_figure():
 
 def test_contact_sheet_keeps_the_order_of_the_table(table):
     t = table.sample(13, random_state=0)
-    figure = P.contact_sheet(t, 5)
+    figure = P.all_pictures(t, 5)
     image, texts = pixels(figure), check_layout(figure)
     boxes = [place(image, p.getpixel((0, 0))) for p in t.image]
     assert all((a[0] < b[0] and abs(a[1] - b[1]) <= 1) if (k + 1) % 5 else (b[1] > a[3] and b[0] < 20)
@@ -392,14 +392,14 @@ def test_what_a_sweep_notes_is_no_argument(one):
     t = one.assign(number=range(len(one)), key=[f'{k:064x}' for k in range(len(one))], judge='judge',
                    device='cpu', made=np.arange(len(one)) + .5, seconds=.1, error='')
     assert P._varying(t) == ['s_scale', 'seed']
-    assert (pixels(P.contact_sheet(t)) == pixels(P.contact_sheet(one))).all()
+    assert (pixels(P.all_pictures(t)) == pixels(P.all_pictures(one))).all()
     assert (pixels(P.structure_grid(t)) == pixels(P.structure_grid(one))).all()
     with pytest.raises(ArgumentError, match='they are the same row twice'):
         P.structure_grid(pd.concat([t, t.assign(number=9, key='x', made=0.)]))
 
 def test_captions_of_ones_own(table):
     t = table.head(4)
-    def words(**how): return [x[0].replace('\xa0', ' ') for x in drawn_texts(P.contact_sheet(t, **how))]
+    def words(**how): return [x[0].replace('\xa0', ' ') for x in drawn_texts(P.all_pictures(t, **how))]
     assert [f'number {k}' for k in t.index] == words(
         caption=lambda r: f"number {list(t.likeness).index(r['likeness'])}")
     assert words(caption='seed') == ['seed 3', 'seed 4', 'seed 3', 'seed 4']
@@ -410,9 +410,9 @@ def test_captions_of_ones_own(table):
     assert all(x.count('\n') < 2 for x in words(caption=lambda r: 'word '*40, lines=2))
     assert words(caption=lambda r: '') == []
     assert len(words(columns=100)) == 5
-    assert pixels(P.contact_sheet(t, 100)).shape[1] <= 512
+    assert pixels(P.all_pictures(t, 100)).shape[1] <= 512
     for wrong in (dict(columns=0), dict(caption='beauty')):
-        with pytest.raises(ArgumentError): P.contact_sheet(t, **wrong)
+        with pytest.raises(ArgumentError): P.all_pictures(t, **wrong)
 
 
 # -- heat maps
