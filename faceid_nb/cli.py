@@ -83,7 +83,7 @@ def make_pictures(
     **settings,  # of `generate`: num_inference_steps, scale, guidance_scale, negative_prompt
 ):               # yields lists of PIL images
     "Batch after batch of pictures, with a progress bar over all their steps."
-    from faceid_nb.work import default_batch
+    from faceid_nb.sweep import default_batch
     from tqdm import tqdm
     size, steps = batch or default_batch(model), settings['num_inference_steps']
     starts = range(0, samples, size)
@@ -247,7 +247,7 @@ def list_failures(cells, varies, prompts):
 
 def write_table(out) -> Path:
     "Everything that the folder holds, as table.csv."
-    from faceid_nb.cells import read_table
+    from faceid_nb.sweep import read_table
     table = read_table(out)
     table['image'] = [None if f is None else f.relative_to(out).as_posix() for f in table.image]
     with atomic(Path(out)/'table.csv') as part: table.to_csv(part, index=False)
