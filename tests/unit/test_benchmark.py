@@ -1,6 +1,7 @@
 """The benchmark: statistics over people, the photographs' own numbers beside them, nothing made twice.
 Most of it with a painter in place of the diffusion."""
 import concurrent.futures as cf, math, re, shutil
+from itertools import chain, takewhile
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, strategies as st
 from PIL import Image
@@ -40,7 +41,7 @@ class Painter:
         out = [self.paint(*c) for c in self.calls[-1]]
         for image in out: image.info = {}
         return [i.copy() for i in out]
-    def made(self): return sorted(c for call in self.calls for c in call)
+    def made(self): return sorted(chain.from_iterable(self.calls))
 
 
 PHOTOS = [shots(11), shots(12), shots(13)]
@@ -150,8 +151,10 @@ def test_the_photographs_beside(run, album, model):
 @given(st.lists(st.lists(st.one_of(st.just(math.nan), st.floats(-1, 1)), min_size=1, max_size=5), min_size=1,
                 max_size=6))
 def test_one_talkative_person_does_not_count_more(values):
-    t = pd.DataFrame([dict(person=i, likeness=v, other=v, adherence=v, distance=v, state='done', copied=False)
-                      for i, person in enumerate(values) for v in person])
+    rows = []
+    for i, person in enumerate(values):
+        for v in person: rows.append(dict(person=i, likeness=v, other=v, adherence=v, distance=v))
+    t = pd.DataFrame(rows).assign(state='done', copied=False)
     row = B.summarise(t)
     means = [np.nanmean(p) for p in values if not all(map(math.isnan, p))]
     assert row['people'] == len(values)
@@ -295,9 +298,9 @@ def test_a_killed_run_goes_on(run, model, album, tmp_path):
                                r.rows.drop(columns='model').astype(float), atol=1e-6)
 
 
-def test_the_first_seed_and_large_ones(model, album, tmp_path):
+def test_the_first_seed_and_large_ones(model, album, tmp_path, monkeypatch):
     painter = Painter(model)
-    painter.paint = lambda i, seed: PHOTOS[1][i]
+    monkeypatch.setattr(painter, 'paint', lambda i, seed: PHOTOS[1][i])
     r = benchmark(painter, album, tmp_path, num_samples=2, seed=12345678, progress=False)
     assert {s for _, s in painter.made()} == {12345678, 12345679} == set(r.pictures.seed)
 
@@ -369,6 +372,31 @@ def parse(text):
 def numbers(cell): return [float(x) for x in re.findall(r'-?\d+(?:\.\d+)?', cell)]
 
 
+def known(*values):
+    "The values up to the first that is not known."
+    return [*takewhile(lambda v: not math.isnan(v), values)]
+
+
+def a_benchmark(made, real):
+    "A result with these rows; `real`: with photographs and a calibration."
+    cal = Calibration(np.linspace(.5, 1, 200), np.linspace(-1, .3, 50)) if real else None
+    return B.Benchmark(pd.DataFrame(made), pd.DataFrame(columns=['state', 'person', 'error']),
+                       made[0] if real else None, cal, dict(prompt='x', seed=3), 'judge', False)
+
+
+def check_row(t, i, m):
+    "Row `i` of a parsed table says the numbers of `m`."
+    for column, key in (('likeness', 'likeness'), ('other photograph', 'other'), ('prompt', 'adherence'),
+                        ('structure', 'distance')):
+        want = known(m[key], m[f'{key}_half'])
+        got = numbers(t[column][i])
+        assert len(got) == len(want) and np.allclose(got, want, atol=5.01e-4), (column, m)
+    for column, key in (("of the photographs'", 'share'), ('copies', 'copies')):
+        assert np.allclose(numbers(t[column][i]), [] if math.isnan(m[key]) else [100*m[key]], atol=.0501)
+    assert numbers(t['face found'][i]) == ([50, 25, 75] if m['pictures'] else [])
+    assert (t['people'][i], t['pictures'][i]) == (str(m['people']), str(m['pictures']))
+
+
 value = st.one_of(st.just(math.nan), st.floats(-1, 1))
 share = st.one_of(st.just(math.nan), st.floats(0, 2))
 
@@ -379,23 +407,10 @@ def test_markdown_parses_back(rows, real):
                  adherence_half=.1, distance=d, distance_half=math.nan, found=.5, found_low=.25,
                  found_high=.75, copies=s, people=n, pictures=2*n, failed=0, share=t)
             for i, (a, b, c, d, s, t, n) in enumerate(rows)]
-    photos = made[0] if real else None
-    cal = Calibration(np.linspace(.5, 1, 200), np.linspace(-1, .3, 50)) if real else None
-    r = B.Benchmark(pd.DataFrame(made), pd.DataFrame(columns=['state', 'person', 'error']), photos, cal,
-                    dict(prompt='x', seed=3), 'judge', False)
+    r = a_benchmark(made, real)
     t = parse(benchmark_table(r))
     assert t['model'] == [f'a/{i}' for i in range(len(rows))] + ['*other photographs*']*real
-    for i, m in enumerate(made):
-        for column, key in (('likeness', 'likeness'), ('other photograph', 'other'), ('prompt', 'adherence'),
-                            ('structure', 'distance')):
-            want = [] if math.isnan(m[key]) else [m[key]] + [
-                m[f'{key}_half']]*(not math.isnan(m[f'{key}_half']))
-            got = numbers(t[column][i])
-            assert len(got) == len(want) and np.allclose(got, want, atol=5.01e-4), (column, m)
-        for column, key in (("of the photographs'", 'share'), ('copies', 'copies')):
-            assert np.allclose(numbers(t[column][i]), [] if math.isnan(m[key]) else [100*m[key]], atol=.0501)
-        assert numbers(t['face found'][i]) == ([50, 25, 75] if m['pictures'] else [])
-        assert (t['people'][i], t['pictures'][i]) == (str(m['people']), str(m['pictures']))
+    for i, m in enumerate(made): check_row(t, i, m)
     assert 'official weights' not in benchmark_table(r) and 'too few' not in benchmark_table(r)
 
 
