@@ -24,11 +24,11 @@ from .errors import ArgumentError
 from .files import free_name
 from .measure import Judge, embed_faces, embed_reference, similarity_matrix
 from .models import MODELS
-from .plots import _short as short_layer
-from .plots import (curves, export_figure, knob_heatmap, similarity_heatmap,
+from .plots import (curves, export_figure, knob_heatmap, short_layer, similarity_heatmap,
                              structure_grid, trade_off)
 from .studio import Portrait, Studio, check_range, count, follow, previews
-from .sweep import Sweep, default_batch, find_settings
+from .sweep import Sweep, find_settings
+from .work import default_batch
 
 # %% ../nbs/studio/41_experiments.ipynb #75c3c881
 def check_values(name, values) -> list:
@@ -393,7 +393,7 @@ class Recorder:
     def maps(self):
         "The record without the model; raises ArgumentError where nothing was looked at."
         record = copy.copy(self.record)
-        record.at = record.tokens = record.nobody = record.key = record.kv = None
+        for name in ('at', 'outer', 'identities', 'tokens', 'key', 'kv'): setattr(record, name, None)
         if record.maps: return record
         raise ArgumentError('There is no attention to see',
                             'the scale is 0, so no layer looked at the face',

@@ -37,7 +37,7 @@ from .hub import choose_device
 from .models import MODELS, load
 from .packs import PACKS, check_pack, download_pack
 from .preview import find_previewer
-from .sweep import default_batch, out_of_memory
+from .work import default_batch, out_of_memory
 
 # %% ../nbs/studio/40_studio.ipynb #b4c3916b
 OUT_OF_MEMORY = ('There is not enough memory for this. '

@@ -13,7 +13,7 @@ from faceid_nb import dashboard as D
 from faceid_nb import panels as P
 from faceid_nb import studio as S
 from faceid_nb.studio import Portrait, Studio
-from faceid_nb.sweep import Cell
+from faceid_nb.cells import Cell
 
 CONTROLS = (W.Button, W.ToggleButton, W.Dropdown, W.Checkbox, W.Text, W.Textarea, W.IntSlider, W.FloatSlider,
             W.SelectionSlider, W.BoundedIntText)

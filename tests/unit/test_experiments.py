@@ -12,7 +12,7 @@ from faceid_nb import experiments as E
 from faceid_nb.errors import ArgumentError
 from faceid_nb.measure import identity_similarity
 from faceid_nb.studio import Studio
-from faceid_nb.sweep import read_table
+from faceid_nb.cells import read_table
 
 
 @pytest.fixture(scope='module')
@@ -239,7 +239,7 @@ def weights(studio, monkeypatch):
         for cell in cells:
             cell.likeness, cell.distance = LIKENESS[cell.parameters['scale']], .1
             cell.adherence = 1 - cell.likeness
-    monkeypatch.setattr('faceid_nb.sweep._measure', measured)
+    monkeypatch.setattr('faceid_nb.work.measure_cells', measured)
     return E.Weights(studio, scales=list(LIKENESS), seeds=[0], target=.35)
 
 
