@@ -10,7 +10,7 @@ from helpers_train import Reader, latent_table, quietly, random_crops, seeded, t
 from faceid_nb import train_data as D
 from faceid_nb.align import ARCFACE_TEMPLATE, norm_crop
 from faceid_nb.errors import ArgumentError, NoFaceError
-from faceid_nb.face import read_image
+from faceid_nb.images import read_image
 
 warnings.filterwarnings('ignore', message='.*have one picture only')
 
