@@ -1,4 +1,5 @@
-"The tiny pack's detector, recogniser and judge, as insightface loads them, on people that nobody was trained on; and the code that trained them."
+"""The tiny pack's detector, recogniser and judge, as insightface loads them, on people that nobody was
+trained on; and the code that trained them."""
 from pathlib import Path
 import numpy as np
 import onnxruntime
@@ -50,8 +51,10 @@ def test_insightface_routes_the_files(app):
     assert r.input_size == (112, 112) and (r.input_mean, r.input_std) == (127.5, 127.5)
     crops = [np.random.default_rng(i).integers(0, 255, (112, 112, 3), np.uint8) for i in range(3)]
     assert r.get_feat(crops).shape == (3, 512)
-    np.testing.assert_allclose(r.get_feat(crops)[1], r.get_feat(crops[1])[0], atol=1e-3)  # rows of a batch do not mix
-    assert sorted(p.name for p in (TINY/'models'/'tiny').glob('*.onnx')) == ['det.onnx', 'rec.onnx']  # the judge must not lie beside them
+    # rows of a batch do not mix
+    np.testing.assert_allclose(r.get_feat(crops)[1], r.get_feat(crops[1])[0], atol=1e-3)
+    # the judge must not lie beside them
+    assert sorted(p.name for p in (TINY/'models'/'tiny').glob('*.onnx')) == ['det.onnx', 'rec.onnx']
 
 
 @pytest.mark.parametrize('size,n,rate,error', [(64, 60, .98, .04), (256, 12, 1., .05)])
@@ -73,13 +76,16 @@ def test_counts_two_people(app):
         p, s = sample_identities(2, g), sample_scenes(2, g)
         s['zoom'][:], s['x'], s['y'] = .45, torch.tensor([-.5, .5]), torch.tensor([0., .1])
         one = draw({k: v[:1] for k, v in p.items()}, {k: v[:1] for k, v in s.items()}, 128)[0]
-        both = draw({k: v[1:] for k, v in p.items()}, {k: v[1:] for k, v in s.items()}, 128, background=one)[0]
-        hits += len(app.get(np.ascontiguousarray((both[0].permute(1, 2, 0)*255).byte().numpy()[..., ::-1]))) == 2
+        both = draw({k: v[1:] for k, v in p.items()}, {k: v[1:] for k, v in s.items()}, 128,
+                    background=one)[0]
+        hits += (len(app.get(np.ascontiguousarray((both[0].permute(1, 2, 0)*255).byte().numpy()[..., ::-1])))
+                 == 2)
     assert hits >= 7
 
 
 def test_no_face_in_empty_scenes(app):
-    empty = (detector.empty_scenes(100, 64, torch.Generator().manual_seed(70))*255).byte().permute(0, 2, 3, 1).numpy()
+    empty = (detector.empty_scenes(100, 64, torch.Generator().manual_seed(70))*255).byte().permute(0, 2, 3,
+                                                                                                   1).numpy()
     assert sum(len(app.models['detection'].detect(e)[0]) > 0 for e in empty) <= 2
     assert not app.get(np.zeros((64, 64, 3), np.uint8)) and not app.get(np.full((100, 300, 3), 255, np.uint8))
 
@@ -92,7 +98,8 @@ def test_detector_reads_any_shape(app, shape):
     canvas[y:y + min(shape), x:x + min(shape)] = bgr(p)
     faces = app.get(canvas)
     assert len(faces) == 1
-    assert np.linalg.norm(faces[0].kps - p.landmarks - [x, y], axis=1).mean() < .15*np.linalg.norm(p.landmarks[0] - p.landmarks[1])
+    assert np.linalg.norm(faces[0].kps - p.landmarks - [x, y],
+                          axis=1).mean() < .15*np.linalg.norm(p.landmarks[0] - p.landmarks[1])
 
 
 @pytest.fixture(scope='module')
@@ -197,16 +204,20 @@ def test_onnx_ships_in_whole_numbers(tmp_path):
     net.heads[0].bias.data[:2] = 0.
     file = detector.save_detector(net, tmp_path/'det.onnx')
     before, size = session(file), file.stat().st_size
-    assert shipping.ship_onnx(file) == file and file.stat().st_size < .65*size and not list(tmp_path.glob('*.part'))
+    assert shipping.ship_onnx(file) == file
+    assert file.stat().st_size < .65*size
+    assert not list(tmp_path.glob('*.part'))
     kinds = {w.name: onnx.numpy_helper.to_array(w) for w in onnx.load(str(file)).graph.initializer}
     whole = {k: v for k, v in kinds.items() if v.dtype == np.int8}
     assert len(whole) > 10 and not any(v.dtype == np.float16 for v in kinds.values())
     for name, q in whole.items():   # every row uses its whole range, and has a step of its own
-        assert (np.abs(q.astype(int)).reshape(len(q), -1).max(1) == 127).all() and kinds[name.replace('_whole', '_step')].shape == (len(q), *[1]*(q.ndim - 1))
+        assert (np.abs(q.astype(int)).reshape(len(q), -1).max(1) == 127).all()
+        assert kinds[name.replace('_whole', '_step')].shape == (len(q), *[1]*(q.ndim - 1))
     x = (torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))*2 - 1).numpy()
     a, b = (s.run(None, {'input': x}) for s in (before, session(file)))
     for u, v in zip(a, b): assert 0 < np.abs(u - v).max() < .05*np.abs(u).max() + .02
-    assert any(w.data_type == onnx.TensorProto.INT8 for w in onnx.load(str(TINY/'models'/'tiny'/'rec.onnx')).graph.initializer)
+    assert any(w.data_type == onnx.TensorProto.INT8
+               for w in onnx.load(str(TINY/'models'/'tiny'/'rec.onnx')).graph.initializer)
 
 
 def test_training_repeats_and_resumes(tmp_path):
@@ -223,7 +234,8 @@ def test_training_repeats_and_resumes(tmp_path):
             break
     state = torch.load(tmp_path/'x.ckpt', weights_only=True)
     assert state['step'] == 2
-    again = [r for r in rz.learn_faces(photos, 'rec', steps=4, batch=8, seed=1, state=state)][-1]['model'].state_dict()
+    again = [r for r in rz.learn_faces(photos, 'rec', steps=4, batch=8, seed=1,
+                                       state=state)][-1]['model'].state_dict()
     assert max((whole[k].float() - again[k].float()).abs().max().item() for k in whole) < 1e-5
     with pytest.raises(ValueError, match='larger'): next(rz.learn_faces(photos, 'judge', steps=1))
 
