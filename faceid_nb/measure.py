@@ -428,9 +428,3 @@ def measure_pictures(
         distance=np.array([_apart(goal, face) for face, (_, goal) in zip(found, known)], np.float64))
     if prompts is not None: out['adherence'] = prompt_adherence(prompts, images, scorer)
     return out
-
-# %% ../nbs/use/22_measure.ipynb #978a64c1
-# until their users have moved to the rooms where these are made
-from .adherence import ClipScorer, SceneScorer, find_scorer  # noqa: E402, F401
-from .files import KINDS  # noqa: E402, F401
-_reader = _open_reader
