@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SCENES', 'EXPRESSIONS', 'HAIR_STYLES', 'BALD', 'SHORT', 'PARTED', 'FRINGE', 'LONG', 'CURLY', 'BUN', 'BOB',
            'HAIR_COLOURS', 'SKINS', 'IRISES', 'GEOMETRY', 'TRAINING_SEEDS', 'sample_identities', 'sample_scenes',
-           'draw', 'take', 'sheet', 'captions', 'vocabulary', 'Person', 'Photo', 'sample_people', 'render',
-           'photographs']
+           'draw_background', 'draw', 'take', 'sheet', 'captions', 'vocabulary', 'Person', 'Photo', 'sample_people',
+           'render', 'photographs']
 
 # %% ../../nbs/tiny/people.ipynb #c7a64e36
 import torch
@@ -286,6 +286,14 @@ def _hat(c, image, s):
     alpha = c.S('hat')*c.alpha(dome)
     image = _paint(image, alpha, colour*light)
     return _paint(image, alpha*c.alpha((c.y - brim + .07).abs() - .07), colour*light*.70)
+
+# %% ../../nbs/tiny/people.ipynb #05b75859
+def draw_background(
+    identities, scenes,  # dicts of (B,...) tensors; nobody is drawn
+    size=64,             # pixels along a side
+):
+    "The backgrounds of scenes alone: (B,3,size,size) in 0..1."
+    return _background(_pose(identities, scenes, size), scenes)
 
 # %% ../../nbs/tiny/people.ipynb #05b75860
 def draw(

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import faceid_nb
+from faceid_nb.tiny import crops, detector, shipping
 import faceid_nb.tiny.recognizer as rz
 from faceid_nb.align import ARCFACE_TEMPLATE, norm_crop
 from faceid_nb.tiny.people import draw, render, sample_identities, sample_people, sample_scenes
@@ -78,7 +79,7 @@ def test_counts_two_people(app):
 
 
 def test_no_face_in_empty_scenes(app):
-    empty = (rz._lay(100, 64, torch.Generator().manual_seed(70))*255).byte().permute(0, 2, 3, 1).numpy()
+    empty = (detector.empty_scenes(100, 64, torch.Generator().manual_seed(70))*255).byte().permute(0, 2, 3, 1).numpy()
     assert sum(len(app.models['detection'].detect(e)[0]) > 0 for e in empty) <= 2
     assert not app.get(np.zeros((64, 64, 3), np.uint8)) and not app.get(np.full((100, 300, 3), 255, np.uint8))
 
@@ -95,7 +96,7 @@ def test_detector_reads_any_shape(app, shape):
 
 
 @pytest.fixture(scope='module')
-def pictures(): return rz.strangers(100, 4, seed=90)
+def pictures(): return crops.strangers(100, 4, seed=90)
 
 
 @pytest.mark.parametrize('path,tar', [('tiny/rec.onnx', .92), ('judge/rec.onnx', .93)])
@@ -121,12 +122,12 @@ def test_judge_is_another_network(pictures):
 # ---- the code
 
 def test_crops_equal_norm_crop():
-    images, marks, _ = rz.strangers(4, 1, seed=2, size=96)
+    images, marks, _ = crops.strangers(4, 1, seed=2, size=96)
     levels = (images*255).round().byte()
-    ours = rz.align_crops(levels.float()/255, marks).permute(0, 2, 3, 1).numpy()*255
+    ours = crops.align_crops(levels.float()/255, marks).permute(0, 2, 3, 1).numpy()*255
     cv = np.stack([norm_crop(a, m, 112) for a, m in zip(levels.permute(0, 2, 3, 1).numpy(), marks.numpy())])
     assert np.abs(ours - cv).max() < 8 and np.abs(ours - cv).mean() < .6
-    np.testing.assert_array_equal(rz.TEMPLATE.numpy(), ARCFACE_TEMPLATE)
+    np.testing.assert_array_equal(crops.TEMPLATE.numpy(), ARCFACE_TEMPLATE)
 
 
 @pytest.mark.parametrize('kind', ['cosine', 'angle'])
@@ -149,7 +150,7 @@ def test_verification_of_perfect_and_of_random_embeddings():
 
 @pytest.mark.parametrize('n,longest', [(64, 64), (640, 640), (100, 300), (128, 128)])
 def test_shrink_keeps_means_and_positions(n, longest):
-    m = rz._shrink(n, torch.tensor(float(longest)))
+    m = detector.shrink_matrix(n, torch.tensor(float(longest)))
     inside = round(n*128/longest) - 2
     assert (m[:inside].sum(1) - 1).abs().max() < 1e-5 and (m >= 0).all()
     where = m[2:inside] @ torch.arange(n).float()
@@ -163,15 +164,15 @@ def test_refine_follows_an_exact_field():
     grid = torch.stack(torch.meshgrid(axis, axis, indexing='xy'), 0)
     field = ((goal[..., None, None] - grid)/8).reshape(2, 10, 32, 32)
     start = goal[:, None] + torch.randn(2, 7, 5, 2, generator=torch.Generator().manual_seed(1))*4
-    assert (rz.refine(start, field) - goal[:, None]).abs().max() < 1e-3
+    assert (detector.refine(start, field) - goal[:, None]).abs().max() < 1e-3
 
 
 def test_each_face_has_an_anchor():
     boxes = torch.tensor([[[10., 10., 24., 24.], [60., 50., 120., 110.], [0., 0., 0., 0.]]])
     seen = torch.tensor([[True, True, False]])
     answered = set()
-    for stride, sizes in zip(rz.STRIDES, rz.ANCHORS):
-        index, right, near = rz.assign(boxes, seen, stride, sizes)
+    for stride, sizes in zip(detector.STRIDES, detector.ANCHORS):
+        index, right, near = detector.assign(boxes, seen, stride, sizes)
         assert (near | ~right).all()
         answered |= set(index[right].tolist())
     assert answered == {0, 1}
@@ -179,9 +180,9 @@ def test_each_face_has_an_anchor():
 
 def test_detector_onnx_equals_torch(tmp_path):
     torch.manual_seed(0)
-    net = rz.Detector().eval()
+    net = detector.Detector().eval()
     net.heads[0].bias.data[:2] = 0.
-    s = session(rz.save_detector(net, tmp_path/'det.onnx'))
+    s = session(detector.save_detector(net, tmp_path/'det.onnx'))
     for h, w in ((128, 128), (320, 192)):
         x = torch.rand(1, 3, h, w, generator=torch.Generator().manual_seed(1))*2 - 1
         out = s.run(None, {'input': x.numpy()})
@@ -192,11 +193,11 @@ def test_detector_onnx_equals_torch(tmp_path):
 def test_onnx_ships_in_whole_numbers(tmp_path):
     import onnx
     torch.manual_seed(0)
-    net = rz.Detector().eval()
+    net = detector.Detector().eval()
     net.heads[0].bias.data[:2] = 0.
-    file = rz.save_detector(net, tmp_path/'det.onnx')
+    file = detector.save_detector(net, tmp_path/'det.onnx')
     before, size = session(file), file.stat().st_size
-    assert rz.ship_onnx(file) == file and file.stat().st_size < .65*size and not list(tmp_path.glob('*.part'))
+    assert shipping.ship_onnx(file) == file and file.stat().st_size < .65*size and not list(tmp_path.glob('*.part'))
     kinds = {w.name: onnx.numpy_helper.to_array(w) for w in onnx.load(str(file)).graph.initializer}
     whole = {k: v for k, v in kinds.items() if v.dtype == np.int8}
     assert len(whole) > 10 and not any(v.dtype == np.float16 for v in kinds.values())
@@ -218,7 +219,7 @@ def test_training_repeats_and_resumes(tmp_path):
     whole = [r for r in rz.learn_faces(photos, 'rec', steps=4, batch=8, seed=1)][-1]['model'].state_dict()
     for r in rz.learn_faces(photos, 'rec', steps=4, batch=8, seed=1):
         if r['step'] == 2:
-            rz.save_state(r['state'](), tmp_path/'x.ckpt')
+            shipping.save_state(r['state'](), tmp_path/'x.ckpt')
             break
     state = torch.load(tmp_path/'x.ckpt', weights_only=True)
     assert state['step'] == 2
@@ -230,7 +231,7 @@ def test_training_repeats_and_resumes(tmp_path):
 def test_detector_learns_a_little():
     # some are empty
     torch.manual_seed(0)
-    pools = rz.detector_pools(None, 0, 96, 96)
+    pools = detector.detector_pools(None, 0, 96, 96)
     assert pools[0][3].any(1).float().mean() < .95
-    losses = [float(r['loss']) for r in rz.learn_detector(pools, steps=20, batch=16)]
+    losses = [float(r['loss']) for r in detector.learn_detector(pools, steps=20, batch=16)]
     assert np.mean(losses[-3:]) < .9*np.mean(losses[:3])
