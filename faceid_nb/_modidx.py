@@ -990,7 +990,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'faceid_nb.plots.similarity_heatmap': ('study/plots.html#similarity_heatmap', 'faceid_nb/plots.py'),
                                  'faceid_nb.plots.structure_grid': ('study/plots.html#structure_grid', 'faceid_nb/plots.py'),
                                  'faceid_nb.plots.trade_off': ('study/plots.html#trade_off', 'faceid_nb/plots.py')},
-            'faceid_nb.portrait': {'faceid_nb.portrait.agreement': ('variants/portrait.html#agreement', 'faceid_nb/portrait.py')},
             'faceid_nb.projection': { 'faceid_nb.projection.FacePerceiverResampler': ( 'method/projection.html#faceperceiverresampler',
                                                                                        'faceid_nb/projection.py'),
                                       'faceid_nb.projection.FacePerceiverResampler.__init__': ( 'method/projection.html#faceperceiverresampler.__init__',

@@ -89,10 +89,16 @@ def state(name):
     return {section: fill_({k: torch.zeros(shape) for k, shape in tensors.items()}, spec['seed'])
             for section, tensors in spec.items() if section != 'seed'}
 
+def flat(state):
+    "Both sections in one table."
+    out = {}
+    for section, tensors in state.items(): out |= {f'{section}.{key}': t for key, t in tensors.items()}
+    return out
+
 def write_checkpoint(name, folder):
     "Write a golden checkpoint file in its official format into `folder`; its path."
     path = Path(folder) / name
     s = state(name)
     if path.suffix == '.bin': torch.save(s, path)
-    else: save_file(s['lora'] if 'lora' in s else {f'{a}.{b}': t for a in s for b, t in s[a].items()}, path)
+    else: save_file(s['lora'] if 'lora' in s else flat(s), path)
     return path
