@@ -321,7 +321,8 @@ class Queue:
         while self.waiting and len(self.out) < 2*(self.pool.workers or 8):
             batch = self.waiting[0]   # it waits until it is out
             work = _pack(batch, self.load), self.scoring, self.pool.threads
-            self.out[self.pool.executor.submit(make_batch, *work)] = self.waiting.pop(0)
+            future = self.pool.executor.submit(make_batch, *work)
+            self.out[future] = self.waiting.pop(0)   # not before: a dead executor refuses
     def take_back(self):
         "Generator of lists of finished cells, of what comes within half a second. Raises BrokenExecutor."
         ready = cf.wait(self.out, .5, cf.FIRST_COMPLETED).done
