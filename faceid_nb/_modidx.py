@@ -267,7 +267,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'faceid_nb/checkpoint.py'),
                                       'faceid_nb.checkpoint._twin': ('method/checkpoint.html#_twin', 'faceid_nb/checkpoint.py'),
                                       'faceid_nb.checkpoint._write': ('method/checkpoint.html#_write', 'faceid_nb/checkpoint.py'),
-                                      'faceid_nb.checkpoint.atomic': ('method/checkpoint.html#atomic', 'faceid_nb/checkpoint.py'),
                                       'faceid_nb.checkpoint.base_of': ('method/checkpoint.html#base_of', 'faceid_nb/checkpoint.py'),
                                       'faceid_nb.checkpoint.check_file': ('method/checkpoint.html#check_file', 'faceid_nb/checkpoint.py'),
                                       'faceid_nb.checkpoint.check_fits': ('method/checkpoint.html#check_fits', 'faceid_nb/checkpoint.py'),
