@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['BASES', 'VARIANTS', 'pickle_globals', 'sniff', 'read_tensors', 'base_of', 'reads_raw', 'Checkpoint', 'nest',
-           'check_tensors', 'read_shapes', 'infer_variant', 'check_state', 'read_checkpoint', 'atomic',
-           'save_checkpoint', 'tree', 'check_fits']
+           'check_tensors', 'read_shapes', 'infer_variant', 'check_state', 'read_checkpoint', 'save_checkpoint', 'tree',
+           'check_fits']
 
 # %% ../nbs/method/06_checkpoint.ipynb #cb6cbba9
-import io, os, pickletools, re, uuid, zipfile
-from contextlib import contextmanager
+import io, pickletools, re, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file as save_safetensors
 from .errors import (
     ArgumentError, BaseModelError, CheckpointError, LoRAError, UnsafeCheckpointError, VariantError)
+from .files import atomic
 
 # %% ../nbs/method/06_checkpoint.ipynb #5b1f52ad
 def pickle_globals(data: bytes) -> list:  # one pickle, or several in a row
@@ -394,18 +394,6 @@ def read_checkpoint(
     path = Path(path)
     tensors, metadata = read_tensors(path)
     return check_state(nest(tensors, path.name), variant, path.name, path, metadata.get('faceid_variant'))
-
-# %% ../nbs/method/06_checkpoint.ipynb #a93be76b
-@contextmanager
-def atomic(path):  # the file to be made
-    "A temporary path beside `path`; it takes that name when the block ends well, and vanishes otherwise."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}')
-    try:
-        yield part
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/method/06_checkpoint.ipynb #c56aa7e6
 def check_suffix(path):

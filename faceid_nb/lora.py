@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from .checkpoint import atomic, read_tensors
+from .checkpoint import read_tensors
 from .errors import BaseModelError, LoRAError
+from .files import atomic
 
 # %% ../nbs/method/05_lora.ipynb #3c7f84f2
 def folded(W, down, up, weight=1.0):

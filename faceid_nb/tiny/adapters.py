@@ -19,7 +19,9 @@ import torch
 from ..adapter import FaceIDAdapter
 from ..checkpoint import read_checkpoint, save_checkpoint
 from ..errors import ArgumentError, FaceIDError, WeightsMissingError
-from ..models import TINY, load, load_pipeline
+from ..grow import grow
+from ..hub import TINY
+from ..models import load, load_pipeline
 from ..encoder import StructureEncoder
 from .evaluate import (
     HELD_OUT,  # noqa: F401 (as above)
@@ -32,7 +34,8 @@ from .recognizer import Recognizer
 from ..measure import share_interval  # noqa: F401 (pages look for it here)
 from .scenes import as_tensor, correlation, read_scenes  # noqa: F401 (as above)
 from .scenes import load_reader, save_reader, train_reader
-from ..train import LatentTable, grow, line, load_base, train
+from ..train import line, load_base, train
+from ..train_data import LatentTable
 
 # %% ../../nbs/tiny/adapters.ipynb #8bf88b8d
 _MADE_BY = {   # what makes each part

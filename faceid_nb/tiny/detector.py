@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .crops import roughen, strangers
 from .people import TRAINING_SEEDS, draw, draw_background, sample_identities, sample_scenes
 from .shipping import save_onnx
-from ..train import has_bf16
+from ..hub import has_bf16
 
 # %% ../../nbs/tiny/detector.ipynb #rc000100
 # three grids, two anchors a cell: heads of 14 to 96 pixels on a canvas of 128
@@ -191,9 +191,9 @@ def empty_scenes(
     return image
 
 # %% ../../nbs/tiny/detector.ipynb #de700021
-# how much larger than the smallest head one may be, by how many there are; how far apart heads are, in half widths
+# how much larger than the smallest a head may be, by how many there are
 _WIDEST = {1: 6.6, 2: 2.2, 3: 1.6}
-_APART = {2: 1., 3: .66}
+_APART = {2: 1., 3: .66}     # from head to head, in half widths
 
 def _stand(n, among, g):
     "Scenes for one person among `among`: anywhere, any size that fits; half of the lone as in a portrait."

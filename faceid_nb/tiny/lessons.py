@@ -14,7 +14,7 @@ from ..align import crop_template
 from ..projection import MLPProjection
 from .people import EXPRESSIONS
 from .scenes import Descent, blur, correlation
-from ..train import has_bf16
+from ..hub import has_bf16
 
 # %% ../../nbs/tiny/lessons.ipynb #ab4b9c35
 def _as_complex(points):  # (...,5,2) -> (...,5) complex numbers around their own middle

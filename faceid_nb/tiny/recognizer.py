@@ -21,7 +21,7 @@ from .crops import (
 from .detector import detector_pools, judge_detector, learn_detector, save_detector
 from .people import draw, photographs, sample_scenes, take
 from .shipping import follow, save_onnx, seconds_a_step
-from ..train import has_bf16
+from ..hub import has_bf16
 
 # %% ../../nbs/tiny/recognizer.ipynb #rc000020
 ZOOM = 1.075  # a little closer than the template asks: drawn faces leave it a margin

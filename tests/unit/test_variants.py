@@ -339,7 +339,7 @@ def test_facts_of_both_families():
 def test_agreement_is_the_mean_cosine_with_the_others():
     import numpy as np
     from faceid_nb.errors import ArgumentError
-    from faceid_nb.portrait import agreement
+    from faceid_nb.face import agreement
     rng = np.random.default_rng(0)
     e = rng.normal(size=(4, 512))
     unit = e/np.linalg.norm(e, axis=1, keepdims=True)
