@@ -494,18 +494,15 @@ class Condition:
         self.at.active, self.key, self.kv = self.outer, None, None
         self.at.layers.clear(keep_graph=True)
     def prepare(self, sample, timestep, text):
-        """Before every run of the UNet: hand each layer K and V of its identity tokens for this
-        batch."""
+        "Before every run of the UNet: hand each layer K and V of its identity tokens."
         shown = in_window(self.knobs, timestep, self.at.pipe) and self.identities.scale.any()
         kv = current_kv(self, sample, text) if shown else {}
         for path, p in self.at.layers.processors.items():
             p.kv, p.record = kv.get(path), partial(self.keep, path) if self.knobs.record else None
         self.size = tuple(sample.shape[-2:])
     def keep(self, path, w): self.maps.setdefault(path, []).append(w[self.reads])
-    def attention_maps(self, size, layers=None,
-                       steps=slice(None)):  # (height, width); paths of layers; which steps
-        """Recorded attention over the tokens, mean of layers and steps: (rows, T, *size), sums
-        to 1 over T"""
+    def attention_maps(self, size, layers=None, steps=slice(None)):
+        "Recorded attention, (rows, T, *size), sums to 1 over T; `layers` are paths, `size` is (h, w)."
         return mean_maps(self.maps, self.size, size, layers, steps)
 
 # %% ../nbs/method/07_adapter.ipynb #da69e220
@@ -594,15 +591,13 @@ class FaceIDAdapter:
     def from_state(cls, image_proj, ip_adapter, variant=None, lora=None):
         return cls(weights_from_state(image_proj, ip_adapter, variant, lora))
     @classmethod
-    def new(cls, unet, variant='faceid', *args,
-            **kwargs): return cls(fresh_weights(unet, variant, *args, **kwargs))
+    def new(cls, unet, variant='faceid', *args, **kwargs):
+        return cls(fresh_weights(unet, variant, *args, **kwargs))
     attach, detach, condition = attach, detach, condition
     net, variant, lora, raw = map(_of_weights, ('net', 'variant', 'lora', 'raw'))
-    num_tokens, embedding_dim, structure_width = map(_of_weights,
-                                                     ('num_tokens', 'embedding_dim',
-                                                      'structure_width'))
-    tokens, parameters, state_dict, save = map(_of_weights,
-                                               ('tokens', 'parameters', 'state_dict', 'save'))
+    num_tokens, embedding_dim = map(_of_weights, ('num_tokens', 'embedding_dim'))
+    structure_width, tokens = map(_of_weights, ('structure_width', 'tokens'))
+    parameters, state_dict, save = map(_of_weights, ('parameters', 'state_dict', 'save'))
     def to(self, *args, **kwargs):
         self.net.to(*args, **kwargs)
         return self

@@ -58,8 +58,7 @@ def head_mask(attn, mask, text):
 
 # %% ../nbs/method/04_attention.ipynb #9c00032d
 class DecoupledAttention:
-    """Processor of one cross-attention layer: text attention, plus the identity tokens' when
-    `kv` is set."""
+    "Processor of one cross-attention layer: text attention, and the identity's where `kv` is set."
     def __init__(self,
         usual,      # the processor it stands in for; it runs alone while there is no identity
         sdpa=True,  # see `attend`
@@ -67,10 +66,8 @@ class DecoupledAttention:
         self.usual, self.sdpa, self.prompt = usual, sdpa, PromptKeys()
         self.clear()
     def clear(self):
-        # (K, V) of the identity tokens, (B, heads, T, c) each, V already times the scale
-        self.kv = None
-        # a function that takes the attention over them, (B, N, T), mean of the heads
-        self.record = None
+        self.kv = None      # (K, V) of the identity, (B, heads, T, c) each, V times the scale
+        self.record = None  # a function that takes the attention over it, (B, N, T)
         self.prompt.clear()
     def __call__(self, attn,
         hidden_states,               # (B, N, dim)
@@ -80,10 +77,10 @@ class DecoupledAttention:
             return self.usual(attn, hidden_states, encoder_hidden_states, attention_mask)
         mask = head_mask(attn, attention_mask, encoder_hidden_states)
         q = split_heads(attn.to_q(hidden_states), attn.heads)                        # (B, h, N, c)
-        # softmax(Q K') V
-        x = attend(q, *self.prompt(attn, encoder_hidden_states), mask, self.sdpa)
+        text_k, text_v = self.prompt(attn, encoder_hidden_states)
         k, v = (t.to(q.dtype) for t in self.kv)
-        x = x + attend(q, k, v, None, self.sdpa)  # + scale softmax(Q K_ip') V_ip
+        x = attend(q, text_k, text_v, mask, self.sdpa)       # softmax(Q K') V
+        x = x + attend(q, k, v, None, self.sdpa)             # + scale softmax(Q K_ip') V_ip
         if self.record is not None:
             self.record(attention_weights(q, k).mean(1).detach().float().cpu())
         x = attn.to_out[1](attn.to_out[0](x.transpose(1, 2).flatten(2)))             # (B, N, dim)

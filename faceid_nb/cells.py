@@ -299,6 +299,9 @@ def _save_picture(cell, folder):
     cell.picture = None
 
 # %% ../nbs/study/33_cells.ipynb #6217b4c7
+def _results(row):
+    return {k: row[k] for k in RESULTS}
+
 class Shelf:
     "The results of sweeps in a folder: `cells.sqlite` and one PNG a cell under `pictures/`."
     def __init__(self, folder):
@@ -311,17 +314,15 @@ class Shelf:
         "The cells that are done and whose picture is there."
         done = [r for r in self._rows().values() if r['state'] == 'done']
         done = [r for r in done if (self.folder/r['file']).is_file()]
-        return {r['key']: {k: r[k] for k in RESULTS} | dict(file=self.folder/r['file'])
-                for r in done}
+        return {r['key']: {**_results(r), 'file': self.folder/r['file']} for r in done}
     def put(self, cell):
         "Keep a cell: the picture, then the row."
         _save_picture(cell, self.folder)
         row = _row(cell, self.folder)
         places = ', '.join('?'*len(row))
         with self.db: self.db.execute(f'INSERT OR REPLACE INTO cells VALUES ({places})', row)
-    # keys: only these cells, in this order; None: all, by their place in a grid
     def table(self, keys=None):
-        "A pandas DataFrame, a row a cell: parameters, results, and `image`, the PNG's path."
+        "A DataFrame of these cells in this order, or of all by their place in a grid; `image` is a path."
         rows = self._rows()
         if keys is not None: rows = {k: rows[k] for k in keys if k in rows}
         out = _as_table(rows.values(), self.folder)

@@ -60,8 +60,7 @@ def normalise(
 # %% ../nbs/variants/10_plus.ipynb #18d0f30a
 class StructureEncoder:
     "CLIP's vision model for FaceID Plus: aligned crops in, second-to-last hidden states out."
-    # transformers' CLIPVisionModel(WithProjection)
-    def __init__(self, model, device=None, dtype=None):
+    def __init__(self, model, device=None, dtype=None):  # a transformers CLIPVisionModel
         from transformers import CLIPImageProcessor          # heavy, as above
         self.size, self.width = model.config.image_size, model.config.hidden_size
         self.model, self._nobody = model.to(device, dtype).eval().requires_grad_(False), None
@@ -80,12 +79,11 @@ class StructureEncoder:
     def states(self, pixels):
         "Second-to-last hidden states, (n, L, width) float32"
         p = next(self.model.parameters())
-        return self.model(pixels.to(p.device, p.dtype),
-                          output_hidden_states=True).hidden_states[-2].float()
+        seen = self.model(pixels.to(p.device, p.dtype), output_hidden_states=True)
+        return seen.hidden_states[-2].float()
     def __call__(self, images): return self.states(self.pixels(images))
     def nobody(self):
-        """States of an all-zero pixel tensor, (1, L, width): the original's unconditional rows
-        read them."""
+        "States of all-zero pixels, (1, L, width): the original's unconditional rows read them."
         if self._nobody is None: self._nobody = self.states(torch.zeros(1, 3, self.size, self.size))
         return self._nobody
     def check(self, wanted): return check_width(self.width, wanted) or self

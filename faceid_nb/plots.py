@@ -833,6 +833,12 @@ def _name_points(ax, cloud, names, ring):
     _beside(ax, cloud.points[drawn], [n for n, d in zip(shown, drawn) if d], *obstacles)
 
 # %% ../nbs/study/31_plots.ipynb #ff3654b7
+def _front_axes(width):
+    figure = Drawing(figsize=(width, 3.2), dpi=_DPI, layout='constrained')
+    ax = figure.subplots()
+    ax.margins(.16, .14)
+    return figure, ax
+
 def trade_off(
     table,         # DataFrame, one row a picture
     x='adherence', y='likeness',  # two results
@@ -841,17 +847,14 @@ def trade_off(
     chosen=None,   # {argument: value}, or the value where `by` is one argument: the setting to be ringed
     width=WIDTH,   # inches, of 100 dots
 ) -> Drawing:
-    """Every setting with its intervals; those that none beats in both are joined. Raises
-    `ArgumentError`."""
+    "Settings with their intervals; those that none beats in both are joined. Raises `ArgumentError`."
     by = [by] if isinstance(by, str) else list(by)
     t = _read(table, x, y, *by)
     parts = _split(t, *by)
     pick, cloud = _pick(chosen, by, parts), _cloud(parts.values(), (x, y), group)
-    names, ring = [_settings(dict(zip(by, k)), by)
-                   for k in parts], np.array([k == pick for k in parts])
-    figure = Drawing(figsize=(width, 3.2), dpi=_DPI, layout='constrained')
-    ax = figure.subplots()
-    ax.margins(.16, .14)
+    names = [_settings(dict(zip(by, k)), by) for k in parts]
+    ring = np.array([k == pick for k in parts])
+    figure, ax = _front_axes(width)
     _scatter(ax, cloud, ring)
     for put, c in ((ax.set_xlabel, x), (ax.set_ylabel, y)):
         put(NAMES.get(c, c) + ' (less is better)'*(c in SMALLER), fontsize=_TITLE)

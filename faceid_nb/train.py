@@ -419,24 +419,22 @@ class Trainer:
     def __init__(self,
         pipe, data, recipe=None,  # the base, a data set, a `Recipe`
         adapter=None,             # to go on training this one
-        *, encoder=None,          # `StructureEncoder`, for Plus and PlusV2
-        accelerator=None,         # None: see `make_accelerator`
+        *, encoder=None, accelerator=None,   # for Plus and PlusV2; None: see `make_accelerator`
         **networks,               # identity=, structure=: see `losses_of`
     ):
         r = self.recipe = check_recipe(recipe or Recipe())
-        accelerator = accelerator or make_accelerator(r)
-        self.data, self.base = data, Base(pipe, accelerator, getattr(data, 'size', None))
-        asked = ask_as(r, self.base)
-        losses = losses_of(r, self.base, asked, data, **networks)
+        accelerator, self.data = accelerator or make_accelerator(r), data
+        self.base = Base(pipe, accelerator, getattr(data, 'size', None))
+        losses = losses_of(r, self.base, asked := ask_as(r, self.base), data, **networks)
         self.adapter = a = adapter or new_adapter(pipe.unet, r, encoder)
-        crops = CropReader(encoder, a, self.base.device,
-                           r.structure_drop) if a.structure_width else None
+        crops = None
+        if a.structure_width: crops = CropReader(encoder, a, self.base.device, r.structure_drop)
         attach_to_learn(a, pipe.unet, r.checkpointing)
         try:
             self.steps = Steps(Student(pipe.unet, a.net), a.parameters(), accelerator, r)
             self.room = Classroom(self.base, a, self.steps.student, crops)
-            self.lesson, self.held_out = Lesson(self.room, asked, losses,
-                                                r.drop), HeldOut(self.room, data, r)
+            self.lesson = Lesson(self.room, asked, losses, r.drop)
+            self.held_out = HeldOut(self.room, data, r)
         except BaseException:
             self.close()
             raise

@@ -328,21 +328,19 @@ def _give_up(batch, error):
 class Queue:
     "Batches that wait for an executor, and those that it has."
     def __init__(self, waiting, executor, load, scoring):
-        self.waiting, self.pool, self.load, self.scoring = (list(waiting), Pool(executor), load,
-                                                            scoring)
+        self.waiting, self.pool = list(waiting), Pool(executor)
+        self.load, self.scoring = load, scoring
         self.out = {}   # future: its batch
     def __bool__(self): return bool(self.waiting or self.out)
     def give_out(self):
-        """Submit batches, until there are twice as many out as there are workers. Raises
-        BrokenExecutor."""
+        "Submit batches, until twice as many are out as there are workers. Raises BrokenExecutor."
         while self.waiting and len(self.out) < 2*(self.pool.workers or 8):
             batch = self.waiting[0]   # it waits until it is out
             work = _pack(batch, self.load), self.scoring, self.pool.threads
             future = self.pool.executor.submit(make_batch, *work)
             self.out[future] = self.waiting.pop(0)   # not before: a dead executor refuses
     def take_back(self):
-        """Generator of lists of finished cells, of what comes within half a second. Raises
-        BrokenExecutor."""
+        "Generator of lists of cells that are finished within half a second. Raises BrokenExecutor."
         ready = cf.wait(self.out, .5, cf.FIRST_COMPLETED).done
         for future in sorted(ready, key=lambda f: f.exception() is not None):   # results first
             error = future.exception()

@@ -355,25 +355,21 @@ class DetectorPupil:
         torch.manual_seed(seed)
         self.seed, self.device, self.rate = seed, device, rate
         self.model = Detector().to(device, memory_format=torch.channels_last)
-        self.opt = torch.optim.AdamW(self.model.parameters(), lr=rate, weight_decay=1e-3,
-                                     fused=True)
-
+        learnt = self.model.parameters()
+        self.opt = torch.optim.AdamW(learnt, lr=rate, weight_decay=1e-3, fused=True)
     def load(self, state):
         "Go on from a state: the step that it had reached."
         self.model.load_state_dict(state['model'])
         self.opt.load_state_dict(state['opt'])
         return state['step']
-
     def state(self, step, steps):
         "Everything that is needed to go on."
         weights = dict(model=self.model.state_dict(), opt=self.opt.state_dict())
         return dict(part='det', step=step, steps=steps, seed=self.seed, **weights)
-
     def set_rate(self, step, steps):
         "Up in fifty steps, then down along a cosine."
         rate = self.rate*min(1, (step + 1)/50)*(.5 + .5*math.cos(math.pi*step/steps)) + 1e-5
         for group in self.opt.param_groups: group['lr'] = rate
-
     def descend(self, loss):
         self.opt.zero_grad(set_to_none=True)
         loss.backward()
