@@ -9,7 +9,6 @@ __all__ = ['IPAdapterFaceID', 'IPAdapterFaceIDPlus']
 import torch
 from . import ip_adapter_faceid as together
 from .ip_adapter_faceid import agree
-from .errors import ArgumentError
 
 # %% ../nbs/compat/61_ip_adapter_faceid_separate.ipynb #91dc124c
 class IPAdapterFaceID(together.IPAdapterFaceID):

@@ -4,7 +4,6 @@
 `pipeline()` is the random pipeline alone, `adapter_state(unet)` a random checkpoint for it.
 """
 import sys
-from functools import cache
 from pathlib import Path
 import torch
 

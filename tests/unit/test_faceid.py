@@ -5,9 +5,9 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 import helpers_pack as H
 from faceid_nb.adapter import FaceIDAdapter
-from faceid_nb.errors import ArgumentError, FaceIDError, ImageError, NoFaceError
+from faceid_nb.errors import ArgumentError, NoFaceError
 from faceid_nb.face import Face
-from faceid_nb.faceid import FaceID, Row, Step, clean_latents, find_people, pair_rows, read_record, save_png, spread, step_by_step
+from faceid_nb.faceid import FaceID, clean_latents, find_people, pair_rows, read_record, save_png, step_by_step
 
 FAST = dict(num_inference_steps=2)
 

@@ -1,5 +1,5 @@
 """The drop-in classes: the original's arguments, the original's latents."""
-import inspect, re
+import inspect
 import pytest, torch
 import goldens_build as gold
 from faceid_nb import ip_adapter_faceid as together, ip_adapter_faceid_separate as separate
@@ -63,7 +63,7 @@ def test_a_name_that_does_not_say_gives_the_originals_default(tmp_path, encoder,
 
 
 def test_plus_rows_stand_for_themselves(files, encoder):
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
     model, (face, embeds) = made_for('plusv2_s1.0', files, encoder)
     two = torch.cat([embeds, embeds.roll(7, 1)])
     faces = [face, ImageOps.mirror(face)]

@@ -9,7 +9,7 @@ from insightface.app import FaceAnalysis
 from insightface.utils import face_align
 
 from faceid_nb.ip_adapter_faceid import IPAdapterFaceID, IPAdapterFaceIDPlus, IPAdapterFaceIDPlusXL, IPAdapterFaceIDXL
-from faceid_nb.ip_adapter_faceid_separate import IPAdapterFaceID as SeparateFaceID, IPAdapterFaceIDPlus as SeparatePlus
+from faceid_nb.ip_adapter_faceid_separate import IPAdapterFaceID as SeparateFaceID
 from faceid_nb.measure import identity_similarity
 from faceid_nb.face import FaceReader
 from faceid_nb.models import TINY
