@@ -302,6 +302,7 @@ def _save_picture(cell, folder):
 def _results(row):
     return {k: row[k] for k in RESULTS}
 
+# %% ../nbs/study/33_cells.ipynb #d519085e
 class Shelf:
     "The results of sweeps in a folder: `cells.sqlite` and one PNG a cell under `pictures/`."
     def __init__(self, folder):

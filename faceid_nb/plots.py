@@ -839,6 +839,7 @@ def _front_axes(width):
     ax.margins(.16, .14)
     return figure, ax
 
+# %% ../nbs/study/31_plots.ipynb #8e7df888
 def trade_off(
     table,         # DataFrame, one row a picture
     x='adherence', y='likeness',  # two results

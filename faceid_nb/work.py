@@ -27,7 +27,7 @@ from PIL import Image
 
 from . import models
 from .adherence import find_scorer, prompt_adherence
-from .cells import Cell, identify, identify_photo
+from .cells import identify, identify_photo
 from .errors import ArgumentError, FaceIDError
 from .face import Face
 from .faceid import PROMPT
