@@ -12,17 +12,22 @@ import numpy as np
 from .errors import LandmarksError, ImageError, ArgumentError
 
 # %% ../nbs/method/01_align.ipynb #8c049886
+# (5, 2) x, y in a 112 x 112 crop
 ARCFACE_TEMPLATE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366],
-                             [41.5493, 92.3655], [70.7299, 92.2041]], np.float32)  # (5, 2) x, y in a 112 x 112 crop
+                             [41.5493, 92.3655], [70.7299, 92.2041]], np.float32)
 
 # %% ../nbs/method/01_align.ipynb #19ae6ee0
 def similarity_transform(
     src,  # (N, 2) points where they are, N >= 2
     dst,  # (N, 2) points where they should go
 ) -> np.ndarray:  # (2, 3) float64: maps (x, y, 1) to (x', y')
-    "The turn, scale and move that bring `src` closest to `dst` in the least-squares sense (Umeyama 1991)."
+    """The turn, scale and move that bring `src` closest to `dst` in the least-squares sense
+    (Umeyama 1991)."""
     src, dst = _as_points(src), _as_points(dst)
-    if src.shape != dst.shape: raise LandmarksError('Two sets of points do not pair up', f'shapes {src.shape} and {dst.shape}', 'Give as many targets as points')
+    if src.shape != dst.shape:
+        raise LandmarksError('Two sets of points do not pair up',
+                             f'shapes {src.shape} and {dst.shape}',
+                             'Give as many targets as points')
     (ms, md), n = (src.mean(0), dst.mean(0)), len(src)
     a, b = src - ms, dst - md
     _refuse_coincident(src, a), _refuse_coincident(dst, b)
@@ -30,7 +35,8 @@ def similarity_transform(
     d = np.array([1., np.sign(np.linalg.det(U)*np.linalg.det(V))])  # turn, never mirror
     scale = 1./a.var(0).sum()*(S @ d)
     if scale*np.sqrt(a.var(0).sum()) < 1e-6*np.sqrt(b.var(0).sum()):
-        raise LandmarksError('No turn and scale bring these points to their targets', 'the best scale is zero', 'Check the order of the points')
+        raise LandmarksError('No turn and scale bring these points to their targets',
+                             'the best scale is zero', 'Check the order of the points')
     R = U @ np.diag(d) @ V
     return np.concatenate([scale*R, (md - scale*(R @ ms))[:, None]], 1).astype(np.float64)
 
@@ -40,15 +46,19 @@ def _as_points(points):
     try: p = np.asarray(points)
     except (ValueError, TypeError): p = np.empty(0)
     do = 'Give pairs (x, y) in pixels, for a face five: eyes, nose, corners of the mouth'
-    if p.ndim != 2 or p.shape[1] != 2 or len(p) < 2: raise LandmarksError('Landmarks must be points in the plane', f'shape {p.shape}', do)
-    if p.dtype.kind not in 'fiu': raise LandmarksError('Landmarks must be numbers', f'dtype {p.dtype}', do)
+    if p.ndim != 2 or p.shape[1] != 2 or len(p) < 2:
+        raise LandmarksError('Landmarks must be points in the plane', f'shape {p.shape}', do)
+    if p.dtype.kind not in 'fiu':
+        raise LandmarksError('Landmarks must be numbers', f'dtype {p.dtype}', do)
     if not np.isfinite(p).all(): raise LandmarksError('Landmarks must be finite', f'{int((~np.isfinite(p)).any(1).sum())} of {len(p)} points hold NaN or infinity', do)
     return p if p.dtype in (np.float32, np.float64) else p.astype(np.float64)
 
 def _refuse_coincident(points, centred):
     if np.abs(centred).max() <= 1e-6*max(1., np.abs(points).max()):
-        raise LandmarksError('All landmarks lie on one point, so that no turn or scale follows from them',
-                             f'{len(points)} points at ({points[0, 0]:.1f}, {points[0, 1]:.1f})', 'Use landmarks of a detected face')
+        raise LandmarksError(
+            'All landmarks lie on one point, so that no turn or scale follows from them',
+            f'{len(points)} points at ({points[0, 0]:.1f}, {points[0, 1]:.1f})',
+            'Use landmarks of a detected face')
 
 # %% ../nbs/method/01_align.ipynb #47a20fdb
 def transform_points(
@@ -73,7 +83,8 @@ def crop_template(
     ok = isinstance(size, (int, np.integer)) and size > 0
     if ok and size % 112 == 0: return ARCFACE_TEMPLATE*np.float32(size/112)
     if ok and size % 128 == 0:  # the wider frame of 128, 256 and 512 pixel crops
-        return (ARCFACE_TEMPLATE*np.float32(size/128) + np.array([8*size/128, 0])).astype(np.float32)
+        return (ARCFACE_TEMPLATE*np.float32(
+            size/128) + np.array([8*size/128, 0])).astype(np.float32)
     raise ArgumentError('No aligned crop of this size is defined', f'size {size!r}', 'Use a multiple of 112 (112 for recognisers, 224 for the image encoder) or of 128')
 
 def norm_crop(
@@ -84,7 +95,12 @@ def norm_crop(
     "The aligned face: equals `insightface.utils.face_align.norm_crop` pixel for pixel."
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size:
-        raise ImageError('Only an 8-bit picture can be aligned', f'shape {image.shape}, dtype {image.dtype}', 'Pass it through faceid_nb.face.read_image first')
+        raise ImageError('Only an 8-bit picture can be aligned',
+                         f'shape {image.shape}, dtype {image.dtype}',
+                         'Pass it through faceid_nb.face.read_image first')
     template, landmarks = crop_template(size), _as_points(landmarks)
-    if landmarks.shape != (5, 2): raise LandmarksError('A face has five landmarks', f'shape {landmarks.shape}', 'Give eyes, nose and the corners of the mouth')
-    return cv2.warpAffine(image, similarity_transform(landmarks, template), (int(size), int(size)), borderValue=0.)
+    if landmarks.shape != (5, 2):
+        raise LandmarksError('A face has five landmarks', f'shape {landmarks.shape}',
+                             'Give eyes, nose and the corners of the mouth')
+    return cv2.warpAffine(image, similarity_transform(landmarks, template), (int(size), int(size)),
+                          borderValue=0.)

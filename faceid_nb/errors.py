@@ -17,8 +17,10 @@ class FaceIDError(Exception):
         do='',     # what the reader can do about it
     ):
         self.wrong, self.found, self.do = wrong, found, do
-        super().__init__(' '.join(str(part).strip().rstrip('.') + '.' for part in (wrong, found, do) if part))
-    def __reduce__(self): return type(self), (self.wrong, self.found, self.do)  # keeps its parts across processes
+        super().__init__(' '.join(str(part).strip().rstrip('.') + '.'
+                                  for part in (wrong, found, do) if part))
+    # keeps its parts across processes
+    def __reduce__(self): return type(self), (self.wrong, self.found, self.do)
 
 # %% ../nbs/method/00_errors.ipynb #0f011a76
 class ArgumentError(FaceIDError, ValueError):
@@ -45,7 +47,8 @@ class CheckpointError(FaceIDError, ValueError):
 class UnsafeCheckpointError(CheckpointError):
     "A pickle that would run code when loaded."
 class VariantError(CheckpointError):
-    "A checkpoint of another FaceID variant than the one asked for, or one that cannot be told apart."
+    """A checkpoint of another FaceID variant than the one asked for, or one that cannot be told
+    apart."""
 class BaseModelError(CheckpointError):
     "A checkpoint for another base model: its widths do not fit the UNet."
 class LoRAError(CheckpointError):

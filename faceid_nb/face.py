@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .align import norm_crop, similarity_transform, transform_points, crop_template
-from .errors import ArgumentError, CheckpointError, FaceChoiceError, ImageError, NoFaceError
+from .errors import (ArgumentError, CheckpointError, FaceChoiceError, ImageError,
+                              NoFaceError)
 from .images import read_image
 from .packs import PACKS, check_pack, download_pack, pack_missing
 
@@ -36,7 +37,9 @@ class Face:
     sources: tuple = ()               # of a mean: the faces it was made from
 
     @property
-    def size(self): return float(max(0., self.box[2] - self.box[0])*max(0., self.box[3] - self.box[1])) if self.box is not None else 0.
+    def size(self):
+        return (float(max(0., self.box[2] - self.box[0])*max(0., self.box[3] - self.box[1]))
+                if self.box is not None else 0.)
     @property
     def centre(self): return (self.box[:2] + self.box[2:])/2
 
@@ -44,7 +47,9 @@ class Face:
         size=224,  # pixels: a multiple of 112
     ) -> Image.Image:
         "The aligned face, RGB: 112 is what the recogniser saw, 224 what FaceID Plus looks at."
-        if self.image is None: raise ImageError('This face came without a picture', 'only its embedding is known', 'Read it from a photograph, or save it with crop=True')
+        if self.image is None:
+            raise ImageError('This face came without a picture', 'only its embedding is known',
+                             'Read it from a photograph, or save it with crop=True')
         return Image.fromarray(norm_crop(self.image, self.landmarks, size))
 
     def similarity(self,
@@ -59,9 +64,11 @@ class Face:
         return f"Face(pack '{self.pack}'{place}, score {self.score:.2f}, {f'mean of {len(self.sources)}' if self.sources else f'one of {self.found}'})"
     def _repr_jpeg_(self): return None if self.image is None else self.crop(112)._repr_jpeg_()
 
+# %% ../nbs/method/02_face.ipynb #7e4ccda7
 def _one_pack(faces):
     if len(packs := sorted({f.pack for f in faces})) > 1:
-        raise ArgumentError('Embeddings of different packs cannot be compared', f"packs {', '.join(packs)}", 'Read both pictures with one FaceReader')
+        raise ArgumentError('Embeddings of different packs cannot be compared',
+                            f"packs {', '.join(packs)}", 'Read both pictures with one FaceReader')
 
 # %% ../nbs/method/02_face.ipynb #cbe8aae2
 def mean_face(
@@ -70,27 +77,38 @@ def mean_face(
 ) -> Face:  # its picture, box and landmarks are those of the heaviest face
     "One identity from several photographs: the weighted mean of the embeddings, renormalised."
     faces = list(faces)
-    if not faces: raise ArgumentError('A mean needs at least one face', 'none was given', 'Give a list of faces')
+    if not faces:
+        raise ArgumentError('A mean needs at least one face', 'none was given',
+                            'Give a list of faces')
     _one_pack(faces)
     w = np.ones(len(faces)) if weights is None else np.asarray(weights, np.float64)
     if w.shape != (len(faces),) or not np.isfinite(w).all() or (w < 0).any() or w.sum() <= 0:
-        raise ArgumentError('Weights must be one number a face, none negative and not all zero', f'{weights!r} for {len(faces)} faces', 'Leave them out for equal weights')
+        raise ArgumentError('Weights must be one number a face, none negative and not all zero',
+                            f'{weights!r} for {len(faces)} faces',
+                            'Leave them out for equal weights')
     w = w/w.sum()
     mean = sum(a*f.embedding.astype(np.float64) for a, f in zip(w, faces))
     norm = np.linalg.norm(mean)
-    if norm < 1e-6: raise ArgumentError('These embeddings cancel out', f'their mean has length {norm:.1e}', 'Give photographs of one person')
+    if norm < 1e-6:
+        raise ArgumentError('These embeddings cancel out', f'their mean has length {norm:.1e}',
+                            'Give photographs of one person')
     raws = [f.raw_embedding for f in faces]
-    raw = None if any(r is None for r in raws) else sum(a*r.astype(np.float64) for a, r in zip(w, raws)).astype(np.float32)
-    return replace(faces[int(w.argmax())], embedding=(mean/norm).astype(np.float32), raw_embedding=raw, sources=tuple(faces))
+    raw = None if any(r is None for r in raws) else sum(a*r.astype(np.float64)
+                                                        for a, r in zip(w, raws)).astype(np.float32)
+    return replace(faces[int(w.argmax())], embedding=(mean/norm).astype(np.float32),
+                   raw_embedding=raw, sources=tuple(faces))
 
 # %% ../nbs/method/02_face.ipynb #67c2d219
 def agreement(
     faces,  # n >= 2 photographs of one person, as `Face`s or embeddings (n, 512)
 ) -> np.ndarray:  # (n,)
-    "Mean cosine of each photograph with the others. One far below the rest is probably somebody else, or a bad crop."
+    """Mean cosine of each photograph with the others. One far below the rest is probably
+    somebody else, or a bad crop."""
     e = np.stack([f.embedding if isinstance(f, Face) else np.asarray(f, np.float64) for f in faces])
     n = len(e)
-    if n < 2: raise ArgumentError('One photograph has nothing to agree with', f'{n} was given', 'Give two or more')
+    if n < 2:
+        raise ArgumentError('One photograph has nothing to agree with', f'{n} was given',
+                            'Give two or more')
     e = e/np.linalg.norm(e, axis=1, keepdims=True)
     return ((e @ e.T).sum(1) - 1)/(n - 1)
 
@@ -102,13 +120,19 @@ def save_face(
 ) -> Path:
     "Write an identity file; it appears whole or not at all."
     from safetensors.numpy import save
-    if not Path(path).absolute().parent.is_dir(): raise ArgumentError('The identity file has no folder to go to', f"'{path}'", 'Make the folder first')
+    if not Path(path).absolute().parent.is_dir():
+        raise ArgumentError('The identity file has no folder to go to', f"'{path}'",
+                            'Make the folder first')
     tensors = dict(embedding=np.ascontiguousarray(face.embedding, np.float32))
-    if face.raw_embedding is not None: tensors['raw_embedding'] = np.ascontiguousarray(face.raw_embedding, np.float32)
+    if face.raw_embedding is not None:
+        tensors['raw_embedding'] = np.ascontiguousarray(face.raw_embedding, np.float32)
     if crop:
         tensors['crop'] = np.asarray(face.crop(224))
-        tensors['landmarks'] = transform_points(similarity_transform(face.landmarks, crop_template(224)), face.landmarks).astype(np.float32)
-    data, path = save(tensors, metadata=dict(format='faceid_nb face 1', pack=face.pack, score=repr(float(face.score)))), Path(path)
+        tensors['landmarks'] = transform_points(
+            similarity_transform(face.landmarks, crop_template(224)),
+            face.landmarks).astype(np.float32)
+    data, path = save(tensors, metadata=dict(format='faceid_nb face 1', pack=face.pack,
+                                             score=repr(float(face.score)))), Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     try:
         with os.fdopen(handle, 'wb') as f: f.write(data)
@@ -118,28 +142,37 @@ def save_face(
         raise
     return path
 
+# %% ../nbs/method/02_face.ipynb #b6830339
 def load_face(
     path,  # file from `save_face`
 ) -> Face:
     "Read an identity file."
     from safetensors import safe_open
     do = 'Make it again with save_face'
-    if not Path(path).is_file(): raise CheckpointError(f"There is no identity file '{path}'", '', 'Check the path')
+    if not Path(path).is_file():
+        raise CheckpointError(f"There is no identity file '{path}'", '', 'Check the path')
     try:
-        with safe_open(str(path), 'np') as f: meta, t = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except Exception as e: raise CheckpointError(f"'{path}' is not an identity file", str(e), do) from e
+        with safe_open(str(path), 'np') as f:
+            meta, t = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+    except Exception as e:
+        raise CheckpointError(f"'{path}' is not an identity file", str(e), do) from e
     e = t.get('embedding')
-    if meta.get('format') != 'faceid_nb face 1' or e is None or e.shape != (512,) or not np.isfinite(e).all() or abs(np.linalg.norm(e) - 1) > 1e-3:
-        raise CheckpointError(f"'{path}' is not an identity file", f"holds {sorted(t)} and says {meta.get('format', 'nothing')!r}", do)
+    if meta.get(
+        'format') != 'faceid_nb face 1' or e is None or e.shape != (512,) or not np.isfinite(
+            e).all() or abs(np.linalg.norm(e) - 1) > 1e-3:
+        raise CheckpointError(f"'{path}' is not an identity file",
+                              f"holds {sorted(t)} and says {meta.get('format', 'nothing')!r}", do)
     crop, box = t.get('crop'), None if 'crop' not in t else np.array([0, 0, 224, 224], np.float32)
-    return Face(e, t.get('landmarks'), box, float(meta.get('score', 'nan')), meta.get('pack', ''), crop, t.get('raw_embedding'))
+    return Face(e, t.get('landmarks'), box, float(meta.get('score', 'nan')), meta.get('pack', ''),
+                crop, t.get('raw_embedding'))
 
 # %% ../nbs/method/02_face.ipynb #482df06d
 def _providers(wanted):
     "'cpu', 'cuda', a list of ONNX Runtime providers, or None for insightface's own choice -> list."
     from insightface.model_zoo.onnxruntime_utils import get_default_providers
     if wanted is None: return get_default_providers()
-    short = dict(cpu=['CPUExecutionProvider'], cuda=['CUDAExecutionProvider', 'CPUExecutionProvider'])
+    short = dict(cpu=['CPUExecutionProvider'],
+                 cuda=['CUDAExecutionProvider', 'CPUExecutionProvider'])
     return list(short.get(wanted, [wanted])) if isinstance(wanted, str) else list(wanted)
 
 def _check_provider(wanted, session):
@@ -155,6 +188,7 @@ def _quietly():
     "insightface prints while loading; warnings still come through."
     with contextlib.redirect_stdout(io.StringIO()): yield
 
+# %% ../nbs/method/02_face.ipynb #557c7064
 class Embedder:
     "A face recogniser alone: aligned crops in, embeddings out."
     def __init__(self,
@@ -165,10 +199,14 @@ class Embedder:
         wanted = _providers(providers)
         if isinstance(model, (str, os.PathLike)):
             path = Path(model).expanduser()
-            if not path.is_file(): raise pack_missing(path.name, path.parent.absolute(), f'there is no file {path.name}', 'Place the recogniser there')
+            if not path.is_file():
+                raise pack_missing(path.name, path.parent.absolute(),
+                                   f'there is no file {path.name}', 'Place the recogniser there')
             name = name or path.absolute().parent.name
             model = _load_onnx(path, wanted)
-            if getattr(model, 'taskname', None) != 'recognition': raise pack_missing(path.name, path, 'the file is not a face recogniser', 'Name a recogniser: one square picture in, one vector out')
+            if getattr(model, 'taskname', None) != 'recognition':
+                raise pack_missing(path.name, path, 'the file is not a face recogniser',
+                                   'Name a recogniser: one square picture in, one vector out')
         self.model, self.name = model, name or 'recogniser'
         self.provider = _check_provider(wanted, model.session)
 
@@ -179,17 +217,23 @@ class Embedder:
     ) -> np.ndarray:  # float32 (n, 512), not normalised
         "Align, then embed in batches."
         size = int(self.model.input_size[0])
-        crops = [np.asarray(i) for i in images] if landmarks is None else [norm_crop(i, l, size) for i, l in zip(images, landmarks, strict=True)]
+        crops = ([np.asarray(i) for i in images] if landmarks is None
+                 else [norm_crop(i, l, size) for i, l in zip(images, landmarks, strict=True)])
         if not crops: return np.empty((0, 512), np.float32)
         step = batch if not isinstance(self.model.input_shape[0], int) else 1
-        feed = [[np.ascontiguousarray(c[..., ::-1]) for c in crops[i:i + step]] for i in range(0, len(crops), step)]
-        return np.concatenate([self.model.get_feat(f).reshape(len(f), -1) for f in feed]).astype(np.float32)
+        feed = [[np.ascontiguousarray(c[..., ::-1]) for c in crops[i:i + step]]
+                for i in range(0, len(crops), step)]
+        return np.concatenate([self.model.get_feat(f).reshape(len(f), -1)
+                               for f in feed]).astype(np.float32)
 
 def _load_onnx(path, providers):
     from insightface.model_zoo import model_zoo
     try:
         with _quietly(): return model_zoo.get_model(str(path), providers=providers)
-    except Exception as e: raise pack_missing(path.name, path, f'the file cannot be loaded ({type(e).__name__}: {str(e)[:120]})', 'Copy or download it again') from e
+    except Exception as e:
+        raise pack_missing(path.name, path,
+                           f'the file cannot be loaded ({type(e).__name__}: {str(e)[:120]})',
+                           'Copy or download it again') from e
 
 # %% ../nbs/method/02_face.ipynb #82dcfde8
 def _pad(image, share=.5):
@@ -197,6 +241,7 @@ def _pad(image, share=.5):
     p = max(1, round(max(image.shape[:2])*share))
     return cv2.copyMakeBorder(image, p, p, p, p, cv2.BORDER_CONSTANT), p
 
+# %% ../nbs/method/02_face.ipynb #601118a5
 class Detector:
     "insightface's SCRFD on a ladder of input sizes."
     def __init__(self,
@@ -210,25 +255,31 @@ class Detector:
         for size in self.sizes:
             if size <= first or max(image.shape[:2]) > first: yield str(size), image, 0, size
         padded, offset = _pad(image)
-        for size in (first, *(s for s in self.sizes if s < first)): yield f'{size}, padded', padded, offset, size
+        for size in (first, *(s for s in self.sizes if s < first)):
+            yield f'{size}, padded', padded, offset, size
 
     def look(self, picture, offset, size):
-        "One pass: boxes with score (n,5), landmarks (n,5,2) in pixels of the unpadded picture, the largest face first."
-        boxes, points = self.model.detect(np.ascontiguousarray(picture[..., ::-1]), input_size=(size, size))
+        """One pass: boxes with score (n,5), landmarks (n,5,2) in pixels of the unpadded picture,
+        the largest face first."""
+        boxes, points = self.model.detect(np.ascontiguousarray(picture[..., ::-1]),
+                                          input_size=(size, size))
         if not len(boxes): return np.empty((0, 5), np.float32), np.empty((0, 5, 2), np.float32)
-        ok = np.isfinite(boxes).all(1) & np.isfinite(points).all((1, 2)) & (points.std(1).max(1) > 1e-3)
+        ok = np.isfinite(boxes).all(1) & np.isfinite(
+            points).all((1, 2)) & (points.std(1).max(1) > 1e-3)
         boxes, points = boxes[ok].astype(np.float32), points[ok].astype(np.float32) - offset
         boxes[:, :4] -= offset
         order = np.argsort(-(boxes[:, 2] - boxes[:, 0])*(boxes[:, 3] - boxes[:, 1]), kind='stable')
         return boxes[order], points[order]
 
     def close_up(self, image, boxes, size):
-        "A second look, through a frame, where the first was unsure or saw a large face: believed when the face then fills the picture."
+        """A second look, through a frame, where the first was unsure or saw a large face:
+        believed when the face then fills the picture."""
         side, extent = max(image.shape[:2]), lambda b: max(b[2] - b[0], b[3] - b[1])
         if extent(boxes[0]) < .45*side and boxes[:, 4].max() >= .8: return None
         padded, offset = _pad(image, .25)
         again, points = self.look(padded, offset, size)
-        return (again, points) if len(again) and extent(again[0]) > .7*side and again[0, 4] >= .9*boxes[:, 4].max() else None
+        return ((again, points) if len(again) and extent(again[0]) > .7*side
+                and again[0, 4] >= .9*boxes[:, 4].max() else None)
 
     def detect(self,
         image,  # uint8 (H, W, 3) RGB
@@ -237,12 +288,14 @@ class Detector:
         for name, picture, offset, size in self.rungs(image):
             boxes, points = self.look(picture, offset, size)
             if not len(boxes): continue
-            if not offset and (closer := self.close_up(image, boxes, size)): return *closer, f'{name}, close-up'
+            if not offset and (closer := self.close_up(image, boxes, size)):
+                return *closer, f'{name}, close-up'
             return boxes, points, name
         return np.empty((0, 5), np.float32), np.empty((0, 5, 2), np.float32), ''
 
 # %% ../nbs/method/02_face.ipynb #44114887
-CHOICES = dict(largest=lambda f, shape: -f.size, smallest=lambda f, shape: f.size, left=lambda f, shape: f.centre[0], right=lambda f, shape: -f.centre[0],
+CHOICES = dict(largest=lambda f, shape: -f.size, smallest=lambda f, shape: f.size,
+               left=lambda f, shape: f.centre[0], right=lambda f, shape: -f.centre[0],
                center=lambda f, shape: np.hypot(*(f.centre - np.array(shape[1::-1])/2)))
 
 def choose_face(
@@ -251,14 +304,19 @@ def choose_face(
 ) -> Face:
     "One face of several."
     n, known = len(faces), f"Use {', '.join(map(repr, CHOICES))}, 'only' or an index"
-    if not n: raise NoFaceError('There is no face to choose from', '0 found', 'Read another picture')
+    if not n:
+        raise NoFaceError('There is no face to choose from', '0 found', 'Read another picture')
     if isinstance(which, (int, np.integer)) and not isinstance(which, bool):
         if 0 <= which < n: return faces[which]
-        raise FaceChoiceError(f'There is no face number {which}', f'{n} found, numbered from 0, the largest first', 'Choose another number; draw_faces shows them')
+        raise FaceChoiceError(f'There is no face number {which}',
+                              f'{n} found, numbered from 0, the largest first',
+                              'Choose another number; draw_faces shows them')
     if which == 'only':
         if n == 1: return faces[0]
-        raise FaceChoiceError('The picture has more than one face', f'{n} found', f'Say which one. {known}')
-    if not isinstance(which, str) or which not in CHOICES: raise FaceChoiceError(f'Unknown choice {which!r}', f'{n} found', known)
+        raise FaceChoiceError('The picture has more than one face', f'{n} found',
+                              f'Say which one. {known}')
+    if not isinstance(which, str) or which not in CHOICES:
+        raise FaceChoiceError(f'Unknown choice {which!r}', f'{n} found', known)
     return min(faces, key=lambda f: CHOICES[which](f, f.image.shape))
 
 # %% ../nbs/method/02_face.ipynb #1102a1d4
@@ -266,25 +324,36 @@ def _load_pack(folder, name, providers, threshold):
     "insightface's detector and recogniser from a folder, or what is wrong with it."
     from insightface.app import FaceAnalysis
     try:
-        with _quietly(): app = FaceAnalysis(str(folder), allowed_modules=['detection', 'recognition'], providers=providers)
-    except AssertionError: raise pack_missing(name, folder, 'none of its files is a detector') from None
+        with _quietly():
+            app = FaceAnalysis(str(folder), allowed_modules=['detection', 'recognition'],
+                               providers=providers)
+    except AssertionError:
+        raise pack_missing(name, folder, 'none of its files is a detector') from None
     except Exception as e:
-        raise pack_missing(name, folder, f'a file cannot be loaded ({type(e).__name__}: {str(e)[:120]})', 'Remove the folder and get the pack again') from e
-    if 'recognition' not in app.models: raise pack_missing(name, folder, 'none of its files is a recogniser')
-    if not app.models['detection'].use_kps: raise pack_missing(name, folder, 'its detector finds no landmarks')
+        raise pack_missing(name, folder,
+                           f'a file cannot be loaded ({type(e).__name__}: {str(e)[:120]})',
+                           'Remove the folder and get the pack again') from e
+    if 'recognition' not in app.models:
+        raise pack_missing(name, folder, 'none of its files is a recogniser')
+    if not app.models['detection'].use_kps:
+        raise pack_missing(name, folder, 'its detector finds no landmarks')
     with _quietly(): app.prepare(ctx_id=0, det_thresh=threshold)
     return app.models['detection'], app.models['recognition']
 
 def no_face_error(reader, source, image):
     "The error for a picture without a face."
     what = f"'{source}'" if isinstance(source, (str, os.PathLike)) else 'the picture'
-    other = 'This pack knows drawn people only: for a photograph use buffalo_l' if reader.name == 'tiny' else "Drawn people need FaceReader('tiny')"
-    return NoFaceError(f'No face was found in {what}', f"{image.shape[1]} x {image.shape[0]} pixels; the detector of '{reader.name}' tried sizes "
-                       f"{', '.join(map(str, reader.detector.sizes))} and a padded copy", f'Use a sharp picture with one face upright and uncovered. {other}')
+    other = ('This pack knows drawn people only: for a photograph use buffalo_l'
+             if reader.name == 'tiny' else "Drawn people need FaceReader('tiny')")
+    return NoFaceError(f'No face was found in {what}',
+                       f"{image.shape[1]} x {image.shape[0]} pixels; the detector of '{reader.name}' tried sizes "
+                       f"{', '.join(map(str, reader.detector.sizes))} and a padded copy",
+                       f'Use a sharp picture with one face upright and uncovered. {other}')
 
 # %% ../nbs/method/02_face.ipynb #43921451
 class FaceReader:
-    "Finds faces in pictures and embeds them, with the detector and the recogniser of an insightface pack."
+    """Finds faces in pictures and embeds them, with the detector and the recogniser of an
+    insightface pack."""
     def __init__(self,
         name='buffalo_l',  # pack: 'tiny' (drawn people, ships here), 'buffalo_l', 'antelopev2', ..., or the path of a folder
         root=None,         # folder that holds models/NAME; None: ~/.insightface, for 'tiny' this package
@@ -294,12 +363,14 @@ class FaceReader:
         download=False,    # fetch a missing pack (non-commercial research only)
     ):
         self._args = (name, root, providers, det_sizes, det_thresh)
-        self.folder = download_pack(name, root) if download and name != 'tiny' else check_pack(name, root)
+        self.folder = download_pack(name,
+                                    root) if download and name != 'tiny' else check_pack(name, root)
         self.name, wanted = self.folder.name, _providers(providers)
         detector, recogniser = _load_pack(self.folder, self.name, wanted, float(det_thresh))
         self.detector = Detector(detector, det_sizes or PACKS.get(self.name, PACKS['buffalo_l'])[3])
         self.embedder = Embedder(recogniser, wanted, self.name)
-        self.providers = dict(detection=detector.session.get_providers()[0], recognition=self.embedder.provider)
+        self.providers = dict(detection=detector.session.get_providers()[0],
+                              recognition=self.embedder.provider)
         self.provider = self.embedder.provider  # the ONNX Runtime provider really in use
 
     def read_batch(self,
@@ -308,10 +379,13 @@ class FaceReader:
         "All faces of many pictures; the recogniser runs on all crops at once."
         images = [read_image(i) for i in images]
         seen = [self.detector.detect(i) for i in images]
-        raw = self.embedder.embed([i for i, (boxes, _, _) in zip(images, seen) for _ in boxes], [p for _, points, _ in seen for p in points])
-        unit = (raw/np.maximum(np.linalg.norm(raw.astype(np.float64), axis=1, keepdims=True), 1e-12)).astype(np.float32)
+        raw = self.embedder.embed([i for i, (boxes, _, _) in zip(images, seen) for _ in boxes],
+                                  [p for _, points, _ in seen for p in points])
+        unit = (raw/np.maximum(np.linalg.norm(raw.astype(np.float64), axis=1, keepdims=True),
+                               1e-12)).astype(np.float32)
         row = iter(range(len(raw)))
-        return [[Face(unit[k], p, b[:4], float(b[4]), self.name, image, raw[k], len(boxes), rung) for b, p, k in zip(boxes, points, row)]
+        return [[Face(unit[k], p, b[:4], float(b[4]), self.name, image, raw[k], len(boxes), rung)
+                 for b, p, k in zip(boxes, points, row)]
                 for image, (boxes, points, rung) in zip(images, seen)]
 
     def read(self,
@@ -348,7 +422,8 @@ def draw_faces(
         x0, y0, x1, y1 = (float(v) for v in f.box)
         pen.rectangle([x0, y0, max(x0, x1), max(y0, y1)], outline=(0, 255, 0), width=w)
         for x, y in f.landmarks: pen.ellipse([x - w, y - w, x + w, y + w], fill=(255, 40, 40))
-        pen.text((x0 + 2*w, y0 + w), str(i), fill=(255, 255, 255), stroke_width=max(1, w//2), stroke_fill=(0, 0, 0), font_size=max(10, picture.height/16))
+        pen.text((x0 + 2*w, y0 + w), str(i), fill=(255, 255, 255), stroke_width=max(1, w//2),
+                 stroke_fill=(0, 0, 0), font_size=max(10, picture.height/16))
     return picture
 
 # %% ../nbs/method/02_face.ipynb #2fab0529

@@ -21,7 +21,7 @@ from .face import Face
 @dataclass
 class Row:
     "One picture to be made, and all that determines it."
-    face: object          # a `Face`, a vector (512,), or a list of them: several photographs of one person
+    face: object  # a `Face`, a vector (512,), or a list of them: several photographs of one person
     prompt: str
     negative_prompt: str
     seed: int
@@ -35,46 +35,69 @@ def spread(value, n, k, name, kinds=(int, float)):  # n faces, k pictures of eac
     "One value, one per face (n) or one per picture (n * k), as a list of n * k."
     if value is None or isinstance(value, kinds): return [value] * (n * k)
     values = value.flatten().tolist() if hasattr(value, 'flatten') else list(value)
-    if len(values) not in (1, n, n * k): raise ArgumentError(f'{name} has {len(values)} values', f'There are {n} faces with {k} pictures each', f'Give one value, {n} or {n * k}')
-    return values if len(values) == n * k else [v for v in values * (n if len(values) == 1 else 1) for _ in range(k)]
+    if len(values) not in (1, n, n * k):
+        raise ArgumentError(f'{name} has {len(values)} values',
+                            f'There are {n} faces with {k} pictures each',
+                            f'Give one value, {n} or {n * k}')
+    return values if len(values) == n * k else [v for v in values * (n if len(values) == 1 else 1)
+                                                for _ in range(k)]
 
 # %% ../nbs/use/21_faceid.ipynb #54721213
 PROMPT = 'best quality, high quality'
 
-def pair_rows(faces, prompt=None, negative_prompt='', num_samples=1, seed=None, scale=1., s_scale=1.):
+def pair_rows(faces, prompt=None, negative_prompt='', num_samples=1, seed=None, scale=1.,
+              s_scale=1.):
     "The rows of a call: all samples of the first face, then of the second. Raises `ArgumentError`."
     if not faces: raise ArgumentError('No face was given', 'The list is empty', 'Give at least one')
-    if num_samples != int(num_samples) or num_samples < 1: raise ArgumentError('num_samples must be a whole number from 1', f'{num_samples}', 'Give 1 or more')
-    prompts = [PROMPT if prompt is None else prompt] if prompt is None or isinstance(prompt, str) else list(prompt)
-    if not prompts or not all(isinstance(p, str) for p in prompts): raise ArgumentError('The prompt must be a text or a list of texts', repr(prompt)[:80])
+    if num_samples != int(num_samples) or num_samples < 1:
+        raise ArgumentError('num_samples must be a whole number from 1', f'{num_samples}',
+                            'Give 1 or more')
+    prompts = ([PROMPT if prompt is None else prompt] if prompt is None or isinstance(prompt, str)
+               else list(prompt))
+    if not prompts or not all(isinstance(p, str) for p in prompts):
+        raise ArgumentError('The prompt must be a text or a list of texts', repr(prompt)[:80])
     n, k = max(len(faces), len(prompts)), int(num_samples)
     if len(faces) not in (1, n) or len(prompts) not in (1, n):
-        raise ArgumentError(f'{len(prompts)} prompts and {len(faces)} faces do not pair up', '', 'Give one of either, or as many prompts as faces')
+        raise ArgumentError(f'{len(prompts)} prompts and {len(faces)} faces do not pair up', '',
+                            'Give one of either, or as many prompts as faces')
     faces, prompts = (x * n if len(x) == 1 else x for x in (faces, prompts))
     seeds = draw_seeds(seed, n, k)
-    columns = [spread(negative_prompt, n, k, 'negative_prompt', str), spread(scale, n, k, 'scale'), spread(s_scale, n, k, 's_scale')]
+    columns = [spread(negative_prompt, n, k, 'negative_prompt', str), spread(scale, n, k, 'scale'),
+               spread(s_scale, n, k, 's_scale')]
     for name, values in (('scale', columns[1]), ('s_scale', columns[2])):
-        if not np.isfinite(values).all(): raise ArgumentError(f'{name} must be finite', f'{values}', 'Give a number, usually from 0 to 1.5')
-    return [Row(faces[i // k], prompts[i // k], neg or '', s, float(a), float(b), i // k, i % k) for i, (neg, s, a, b) in enumerate(zip(columns[0], seeds, *columns[1:]))]
+        if not np.isfinite(values).all():
+            raise ArgumentError(f'{name} must be finite', f'{values}',
+                                'Give a number, usually from 0 to 1.5')
+    return [Row(faces[i // k], prompts[i // k], neg or '', s, float(a), float(b), i // k, i % k)
+            for i, (neg, s, a, b) in enumerate(zip(columns[0], seeds, *columns[1:]))]
 
+# %% ../nbs/use/21_faceid.ipynb #4117b48f
 def draw_seeds(seed, n, k):
     "A seed for each of n * k pictures: s, s + 1, ... for the samples of every face; None draws s."
     if seed is None: seed = int(torch.randint(2**31, ()))
     if isinstance(seed, (int, np.integer)): seeds = [int(seed) + i % k for i in range(n * k)]
-    else: seeds = [int(s) + (i % k if len(seed) != n * k else 0) for i, s in enumerate(spread(seed, n, k, 'seed'))]
-    if any(not 0 <= s < 2**63 for s in seeds): raise ArgumentError('A seed must not be negative', f'It is {seed}', 'Give 0 or more')
+    else:
+        seeds = [int(s) + (i % k if len(seed) != n * k else 0)
+                 for i, s in enumerate(spread(seed, n, k, 'seed'))]
+    if any(not 0 <= s < 2**63 for s in seeds):
+        raise ArgumentError('A seed must not be negative', f'It is {seed}', 'Give 0 or more')
     return seeds
 
 # %% ../nbs/use/21_faceid.ipynb #0c975828
 def clean_latents(scheduler, i, before, after):
-    "What the model believes the clean latents to be after step `i` of deterministic DDIM; `after` itself for other samplers."
-    if before is None or not type(scheduler).__name__.startswith('DDIM') or before.shape != after.shape: return after
+    """What the model believes the clean latents to be after step `i` of deterministic DDIM;
+    `after` itself for other samplers."""
+    if before is None or not type(
+        scheduler).__name__.startswith('DDIM') or before.shape != after.shape:
+        return after
     t = scheduler.timesteps.tolist()
     a = scheduler.alphas_cumprod[t[i]]
-    b = scheduler.alphas_cumprod[t[i + 1]] if i + 1 < len(t) else scheduler.final_alpha_cumprod  # (), the next step's a
+    # (), the next step's a
+    b = scheduler.alphas_cumprod[t[i + 1]] if i + 1 < len(t) else scheduler.final_alpha_cumprod
     noise, later = (1 - a).sqrt(), (1 - b).sqrt()
     return (later * before - noise * after) / (later * a.sqrt() - noise * b.sqrt())
 
+# %% ../nbs/use/21_faceid.ipynb #8693cac5
 @dataclass
 class Step:
     "What a generation has come to."
@@ -95,8 +118,10 @@ class Step:
 
 # %% ../nbs/use/21_faceid.ipynb #d1a67e45
 KNOBS = ('start', 'end', 'layers', 'negative', 'record')       # of `FaceIDAdapter.condition`
-_ROWWISE = ('image', 'mask_image', 'control_image', 'latents')  # pipeline arguments that may be lists with one entry a row
+# pipeline arguments that may be lists with one entry a row
+_ROWWISE = ('image', 'mask_image', 'control_image', 'latents')
 
+# %% ../nbs/use/21_faceid.ipynb #5587d0af
 def run_rows(
     pipe, adapter,
     rows,             # list of `Row`
@@ -107,35 +132,56 @@ def run_rows(
     num_inference_steps=30,
     **more,           # knobs of `condition`, arguments of the pipeline
 ):
-    "Make rows in batches; yields (rows, pictures) of each batch. A batch that is stopped is not yielded."
-    who = lambda row: [row.face] if adapter.variant == 'portrait' and (isinstance(row.face, Face) or getattr(row.face, 'ndim', 0) == 1) else row.face   # one photograph is a list of one
+    """Make rows in batches; yields (rows, pictures) of each batch. A batch that is stopped is
+    not yielded."""
+    # one photograph is a list of one
+    def who(row):
+        return ([row.face] if adapter.variant == 'portrait'
+                and (isinstance(row.face, Face) or getattr(row.face, 'ndim', 0) == 1) else row.face)
     size, images, steps = int(batch_size or len(rows)), [], num_inference_steps
     knobs = {k: more.pop(k) for k in KNOBS if k in more}
     for at in range(0, len(rows), size):
         part = rows[at:at + size]
-        own = {k: v[at:at + size] for k, v in more.items() if k in _ROWWISE and isinstance(v, (list, torch.Tensor)) and len(v) == len(rows)}
-        callback = watch(part, images, at // size * steps, -(-len(rows) // size) * steps, stop, on_step, more.get('callback_on_step_end'))
+        own = {k: v[at:at + size] for k, v in more.items() if k in _ROWWISE
+               and isinstance(v, (list, torch.Tensor)) and len(v) == len(rows)}
+        callback = watch(part, images, at // size * steps, -(-len(rows) // size) * steps, stop,
+                         on_step, more.get('callback_on_step_end'))
         inputs = {*more.get('callback_on_step_end_tensor_inputs', ()), 'latents'}
-        seen = {} if part[0].structure is None else dict(structure=torch.stack([r.structure for r in part]), negative_structure=nobody)
-        with torch.no_grad(), adapter.condition(list(map(who, part)), scale=[r.scale for r in part], s_scale=[r.s_scale for r in part], **seen, **knobs):
-            made = pipe(prompt=[r.prompt for r in part], negative_prompt=[r.negative_prompt for r in part], num_inference_steps=steps,
-                generator=[torch.Generator().manual_seed(r.seed) for r in part], **{**more, **own, 'callback_on_step_end': callback, 'callback_on_step_end_tensor_inputs': list(inputs)}).images
+        seen = {} if part[0].structure is None else dict(
+            structure=torch.stack([r.structure for r in part]), negative_structure=nobody)
+        with torch.no_grad(), adapter.condition(list(map(who, part)), scale=[r.scale for r in part],
+                                                s_scale=[r.s_scale for r in part], **seen, **knobs):
+            made = pipe(prompt=[r.prompt for r in part],
+                        negative_prompt=[r.negative_prompt for r in part],
+                        num_inference_steps=steps,
+                        generator=[torch.Generator().manual_seed(r.seed) for r in part],
+                        **{**more, **own, 'callback_on_step_end': callback,
+                           'callback_on_step_end_tensor_inputs': list(inputs)}).images
         if stop is not None and stop.is_set(): return
         images += list(made)
         yield part, list(made)
-        if on_step: on_step(Step(at // size * steps + steps, -(-len(rows) // size) * steps, part, list(images)))
+        if on_step:
+            on_step(Step(at // size * steps + steps, -(-len(rows) // size) * steps, part,
+                         list(images)))
 
 # %% ../nbs/use/21_faceid.ipynb #09d1f929
-_OURS = dict(num_images_per_prompt='num_samples', generator='seed', prompt_embeds='prompt', negative_prompt_embeds='negative_prompt', ip_adapter_image='face', ip_adapter_image_embeds='face')
+_OURS = dict(num_images_per_prompt='num_samples', generator='seed', prompt_embeds='prompt',
+             negative_prompt_embeds='negative_prompt', ip_adapter_image='face',
+             ip_adapter_image_embeds='face')
 
 def check_arguments(pipe, more):
     "Raise `ArgumentError` for arguments that neither the adapter nor the pipeline takes."
     known = {*inspect.signature(pipe.__call__).parameters, *KNOBS} - {'self', 'args', 'kwargs'}
     for k in more:
-        if k in _OURS: raise ArgumentError(f'{k} is not taken here', 'Each row has its own', f'Use {_OURS[k]}')
+        if k in _OURS:
+            raise ArgumentError(f'{k} is not taken here', 'Each row has its own', f'Use {_OURS[k]}')
         if k not in known:
-            near = difflib.get_close_matches(k, known | {'num_samples', 'seed', 'scale', 's_scale', 'num_inference_steps', 'batch_size'}, 2)
-            raise ArgumentError(f'There is no argument {k!r}', f'{type(pipe).__name__} does not know it', f'Perhaps {" or ".join(near)}' if near else 'Leave it out')
+            near = difflib.get_close_matches(k,
+                                             known | {'num_samples', 'seed', 'scale', 's_scale',
+                                                      'num_inference_steps', 'batch_size'}, 2)
+            raise ArgumentError(f'There is no argument {k!r}',
+                                f'{type(pipe).__name__} does not know it',
+                                f'Perhaps {" or ".join(near)}' if near else 'Leave it out')
 
 # %% ../nbs/use/21_faceid.ipynb #ed5b45df
 def watch(rows, images, done, total, stop, on_step, theirs):
@@ -144,7 +190,9 @@ def watch(rows, images, done, total, stop, on_step, theirs):
     def after_step(pipe, i, t, tensors):
         if theirs: tensors = theirs(pipe, i, t, tensors) or tensors
         latents = tensors['latents']
-        if on_step and not (stop and stop.is_set()): on_step(Step(done + i + 1, total, rows, list(images), latents, clean_latents(pipe.scheduler, i, last[0], latents), pipe))
+        if on_step and not (stop and stop.is_set()):
+            on_step(Step(done + i + 1, total, rows, list(images), latents,
+                         clean_latents(pipe.scheduler, i, last[0], latents), pipe))
         last[0] = latents
         if stop and stop.is_set(): pipe._interrupt = True  # the pipeline's own way out
         return tensors
@@ -152,7 +200,8 @@ def watch(rows, images, done, total, stop, on_step, theirs):
 
 # %% ../nbs/use/21_faceid.ipynb #2008fc40
 def step_by_step(work, stop):  # work(on_step) runs to the end; `stop` ends it
-    "Turn a function that calls back into a generator of its `Step`s. Closing the generator stops the work and waits for it."
+    """Turn a function that calls back into a generator of its `Step`s. Closing the generator
+    stops the work and waits for it."""
     reports, go = queue.Queue(), threading.Semaphore(0)
     def on_step(step):
         reports.put(step)
@@ -177,24 +226,32 @@ def step_by_step(work, stop):  # work(on_step) runs to the end; `stop` ends it
 # %% ../nbs/use/21_faceid.ipynb #d547ade1
 def is_vector(x, width):
     "Whether `x` is an embedding (width,) or several (n, width): floating numbers of that width."
-    if not (torch.is_tensor(x) or isinstance(x, np.ndarray)) or len(x.shape) not in (1, 2): return False
+    if not (torch.is_tensor(x) or isinstance(x, np.ndarray)) or len(x.shape) not in (1, 2):
+        return False
     return x.shape[-1] == width and torch.as_tensor(x).is_floating_point()
 
+# %% ../nbs/use/21_faceid.ipynb #cd3b0c5d
 def find_people(
     face,             # photograph (path, PIL, array), Face, embeddings (n, 512), or a list of these
     reader=None,      # a `FaceReader`, for photographs
     width=512,        # of an embedding
     which='largest',  # which face of a photograph, see `FaceReader.best`
 ) -> list:
-    "One entry a person: a `Face`, a vector, or a list of them. Raises `ImageError`, `NoFaceError`, `ArgumentError`."
+    """One entry a person: a `Face`, a vector, or a list of them. Raises `ImageError`,
+    `NoFaceError`, `ArgumentError`."""
     def person(f):
         if isinstance(f, (list, tuple)): return [person(g) for g in f]
         if is_vector(f, width): return torch.as_tensor(f).float().flatten()
         if not isinstance(f, Face):
-            if reader is None: raise ArgumentError('A photograph was given, and there is no face reader', type(f).__name__, 'Give embeddings, or make the FaceID with a FaceReader')
+            if reader is None:
+                raise ArgumentError('A photograph was given, and there is no face reader',
+                                    type(f).__name__,
+                                    'Give embeddings, or make the FaceID with a FaceReader')
             return reader.best(f, which)
         if reader is not None and f.pack and f.pack != reader.name:
-            raise ArgumentError('This face was read by another recogniser than the adapter knows', f"pack '{f.pack}', not '{reader.name}'", 'Read the photograph with the .reader of this FaceID')
+            raise ArgumentError('This face was read by another recogniser than the adapter knows',
+                                f"pack '{f.pack}', not '{reader.name}'",
+                                'Read the photograph with the .reader of this FaceID')
         return f
     if is_vector(face, width): return list(torch.as_tensor(face).float().reshape(-1, width))
     return [person(f) for f in (face if isinstance(face, (list, tuple)) else [face])]
@@ -209,14 +266,20 @@ def find_crops(
         if isinstance(f, (list, tuple)): return crop(f[0])
         if isinstance(f, Face): return f.crop(224)
         if len(getattr(f, 'shape', ())) == 1:
-            raise ArgumentError('An embedding has no picture to read the structure from', f'{len(f)} numbers', 'Give the photograph or a Face, or say structure=photograph')
-        if reader is None: raise ArgumentError('A photograph was given, and there is no face reader', type(f).__name__, 'Give a Face, or make the FaceID with a FaceReader')
+            raise ArgumentError('An embedding has no picture to read the structure from',
+                                f'{len(f)} numbers',
+                                'Give the photograph or a Face, or say structure=photograph')
+        if reader is None:
+            raise ArgumentError('A photograph was given, and there is no face reader',
+                                type(f).__name__,
+                                'Give a Face, or make the FaceID with a FaceReader')
         return reader.best(f, which).crop(224)
     return [crop(f) for f in (faces if isinstance(faces, (list, tuple)) else [faces])]
 
 # %% ../nbs/use/21_faceid.ipynb #a2cf9993
 class FaceID:
-    "Reader, adapter and pipeline. `generate` makes pictures, `stream` makes them step by step, `stop` ends either."
+    """Reader, adapter and pipeline. `generate` makes pictures, `stream` makes them step by step,
+    `stop` ends either."""
     def __init__(self,
         pipe,                # a diffusers pipeline with a UNet
         adapter,             # a `FaceIDAdapter`; attached here unless it is already
@@ -226,14 +289,17 @@ class FaceID:
         encoder=None,        # a `StructureEncoder`, for Plus and PlusV2
     ):
         self.pipe, self.adapter, self.reader, self.name, self.negative_prompt, self.encoder = pipe, adapter, reader, name, negative_prompt, encoder
-        self.origin = None   # the arguments of the `load` that made it: another process makes the same with them
+        # the arguments of the `load` that made it: another process makes the same with them
+        self.origin = None
         if encoder and adapter.structure_width: encoder.check(adapter.structure_width)
         self.attach()
         self._stop, self._busy, self.stopped = threading.Event(), threading.Lock(), False
     def __repr__(self): return f'FaceID({self.name or self.adapter.variant}: {type(self.pipe).__name__} on {self.pipe.device}, {str(self.pipe.dtype).removeprefix("torch.")})'
     def attach(self):
-        "Attach the adapter, unless it is: another adapter may have taken its place in a UNet that two pipelines share."
-        if self.adapter.at is None or self.adapter.at.pipe is not self.pipe: self.adapter.attach(self.pipe)
+        """Attach the adapter, unless it is: another adapter may have taken its place in a UNet
+        that two pipelines share."""
+        if self.adapter.at is None or self.adapter.at.pipe is not self.pipe:
+            self.adapter.attach(self.pipe)
 
     def generate(self,
         face,                # photograph (path, PIL, array), Face, embeddings (n, 512), or a list; a list inside it is one person in several photographs
@@ -249,42 +315,66 @@ class FaceID:
         on_step=None,        # called with a `Step` after each step
         **more,              # start, end, layers, negative, record of `FaceIDAdapter.condition`; everything else goes to the pipeline
     ) -> list:
-        "Pictures, all samples of the first face, then of the second; fewer where `stop` was called. Their records are in `.info['faceid_nb']`."
+        """Pictures, all samples of the first face, then of the second; fewer where `stop` was
+        called. Their records are in `.info['faceid_nb']`."""
         check_arguments(self.pipe, more)
-        if not num_inference_steps >= 1: raise ArgumentError('num_inference_steps must be 1 or more', f'{num_inference_steps}')
-        people = find_people(face, self.reader, self.adapter.net.image_proj.proj[0].in_features, which)
-        rows = pair_rows(people, prompt, self.negative_prompt if negative_prompt is None else negative_prompt, num_samples, seed, scale, s_scale)
+        if not num_inference_steps >= 1:
+            raise ArgumentError('num_inference_steps must be 1 or more', f'{num_inference_steps}')
+        people = find_people(face, self.reader, self.adapter.net.image_proj.proj[0].in_features,
+                             which)
+        rows = pair_rows(people, prompt, self.negative_prompt if negative_prompt is None
+                         else negative_prompt, num_samples, seed, scale, s_scale)
         nobody = self.look(rows, people, structure, which)
-        if not self._busy.acquire(blocking=False): raise ArgumentError('This FaceID is already generating', 'another thread uses its pipeline', 'Wait for it, or call stop()')
+        if not self._busy.acquire(blocking=False):
+            raise ArgumentError('This FaceID is already generating',
+                                'another thread uses its pipeline', 'Wait for it, or call stop()')
         try:
             self._stop.clear()
             self.attach()
             images = []
-            for part, made in run_rows(self.pipe, self.adapter, rows, batch_size, nobody, self._stop, on_step, num_inference_steps, guidance_scale=guidance_scale, **more):
-                for row, image in zip(part, made): images.append(record(image, row, self, num_inference_steps, guidance_scale, more))
+            for part, made in run_rows(self.pipe, self.adapter, rows, batch_size, nobody,
+                                       self._stop, on_step, num_inference_steps,
+                                       guidance_scale=guidance_scale, **more):
+                for row, image in zip(part, made):
+                    images.append(record(image, row, self, num_inference_steps, guidance_scale,
+                                         more))
             self.stopped = self._stop.is_set()
             return images
         finally: self._busy.release()
     def look(self, rows, people, structure=None, which='largest'):
-        "Give each row the CLIP states that it reads its structure from; returns those of nobody. Nothing where the variant has no structure."
+        """Give each row the CLIP states that it reads its structure from; returns those of
+        nobody. Nothing where the variant has no structure."""
         if self.adapter.structure_width is None:
-            if structure is not None: raise ArgumentError('There is no structure to give', f'The variant {self.adapter.variant} reads the embedding only', 'Use a Plus or PlusV2 model')
+            if structure is not None:
+                raise ArgumentError('There is no structure to give',
+                                    f'The variant {self.adapter.variant} reads the embedding only',
+                                    'Use a Plus or PlusV2 model')
             return None
-        if self.encoder is None: raise ArgumentError(f'The variant {self.adapter.variant} also reads the picture of the face', 'This FaceID has no image encoder', 'Pass encoder=StructureEncoder.from_pretrained(...)')
+        if self.encoder is None:
+            raise ArgumentError(
+                f'The variant {self.adapter.variant} also reads the picture of the face',
+                'This FaceID has no image encoder',
+                'Pass encoder=StructureEncoder.from_pretrained(...)')
         if torch.is_tensor(structure) and structure.ndim == 3: states = structure.float()
         else:
-            faces = people if structure is None else structure if isinstance(structure, (list, tuple)) else [structure]
+            faces = (people if structure is None else structure
+                     if isinstance(structure, (list, tuple)) else [structure])
             # a face that stands in many rows is looked at once
             once = list({id(f): f for f in faces}.values())
             place = {id(f): i for i, f in enumerate(once)}
-            states = self.encoder(find_crops(once, self.reader, which))[[place[id(f)] for f in faces]]
+            states = self.encoder(find_crops(once, self.reader,
+                                             which))[[place[id(f)] for f in faces]]
         n = 1 + max(r.person for r in rows)
-        if len(states) not in (1, n): raise ArgumentError(f'{len(states)} structures for {n} faces', '', 'Give one, or one for each face')
+        if len(states) not in (1, n):
+            raise ArgumentError(f'{len(states)} structures for {n} faces', '',
+                                'Give one, or one for each face')
         for r in rows: r.structure = states[r.person % len(states)]
         return self.encoder.nobody()
     def stream(self, face, prompt=None, **arguments):
-        "As `generate`, step by step: yields a `Step` after each; the last one's `.images` are the pictures."
-        return step_by_step(lambda on_step: self.generate(face, prompt, on_step=on_step, **arguments), self._stop)
+        """As `generate`, step by step: yields a `Step` after each; the last one's `.images` are
+        the pictures."""
+        return step_by_step(lambda on_step: self.generate(face, prompt, on_step=on_step,
+                                                          **arguments), self._stop)
     def stop(self):
         "End the generation that runs, from any thread. Batches that are finished are kept."
         self._stop.set()
@@ -294,9 +384,15 @@ def record(image, row, faceid, steps, guidance_scale, more):
     "Note on a PIL picture how it was made; other outputs come back as they are."
     if not isinstance(image, Image.Image): return image
     from faceid_nb import __version__
-    plain = {k: v for k, v in more.items() if k != 'record' and isinstance(v, (str, int, float, bool))}
-    image.info['faceid_nb'] = dict(model=faceid.name, prompt=row.prompt, negative_prompt=row.negative_prompt, seed=row.seed, scale=row.scale, s_scale=row.s_scale, steps=steps,
-        guidance_scale=guidance_scale, scheduler=type(faceid.pipe.scheduler).__name__, person=row.person, sample=row.sample, **plain, version=__version__)
+    plain = {k: v for k, v in more.items() if k != 'record'
+             and isinstance(v, (str, int, float, bool))}
+    image.info['faceid_nb'] = dict(model=faceid.name, prompt=row.prompt,
+                                   negative_prompt=row.negative_prompt, seed=row.seed,
+                                   scale=row.scale, s_scale=row.s_scale, steps=steps,
+                                   guidance_scale=guidance_scale,
+                                   scheduler=type(faceid.pipe.scheduler).__name__,
+                                   person=row.person, sample=row.sample, **plain,
+                                   version=__version__)
     return image
 
 def save_png(

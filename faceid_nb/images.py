@@ -18,15 +18,21 @@ from .errors import ImageError
 
 # %% ../nbs/ground/73_images.ipynb #40fd7438
 def _to_bytes(values, name):
-    "Numbers of any type -> uint8: integers up to 255 as they are, up to 65535 as 16 bit; floats in 0..1 or 0..255."
+    """Numbers of any type -> uint8: integers up to 255 as they are, up to 65535 as 16 bit;
+    floats in 0..1 or 0..255."""
     if values.dtype == np.uint8: return values
     if values.dtype == bool: return values.astype(np.uint8)*255
     do = 'Integers from 0 to 255 or 65535 and floats from 0 to 1 or 255 are understood'
-    if values.dtype.kind not in 'uif': raise ImageError(f'{name} holds no brightness values', f'dtype {values.dtype}', do)
-    if not np.isfinite(values).all(): raise ImageError(f'{name} holds NaN or infinity', f'in {int((~np.isfinite(values)).sum())} of {values.size} values', do)
+    if values.dtype.kind not in 'uif':
+        raise ImageError(f'{name} holds no brightness values', f'dtype {values.dtype}', do)
+    if not np.isfinite(values).all():
+        raise ImageError(f'{name} holds NaN or infinity',
+                         f'in {int((~np.isfinite(values)).sum())} of {values.size} values', do)
     low, high = float(values.min()), float(values.max())
-    full = (1. if high <= 1 else 255.) if values.dtype.kind == 'f' else (255. if high <= 255 else 65535.)
-    if low < 0 or high > full: raise ImageError(f'{name} has values out of range', f'{low:g} to {high:g}', do)
+    full = ((1. if high <= 1 else 255.) if values.dtype.kind == 'f'
+            else (255. if high <= 255 else 65535.))
+    if low < 0 or high > full:
+        raise ImageError(f'{name} has values out of range', f'{low:g} to {high:g}', do)
     return np.rint(values*(255./full)).astype(np.uint8)
 
 # %% ../nbs/ground/73_images.ipynb #211177c6
@@ -35,21 +41,29 @@ def _to_rgb(values, name):
     a = np.asarray(values)
     if a.ndim == 2: a = a[..., None]
     if a.ndim != 3 or a.shape[-1] not in (1, 2, 3, 4) or not a.size:
-        hint = 'Channels come last: use transpose(1, 2, 0)' if a.ndim == 3 and a.shape[0] in (1, 3, 4) and a.size else 'Give (H, W), (H, W, 3) or (H, W, 4)'
+        hint = ('Channels come last: use transpose(1, 2, 0)' if a.ndim == 3
+                and a.shape[0] in (1, 3, 4) and a.size else 'Give (H, W), (H, W, 3) or (H, W, 4)')
         raise ImageError(f'{name} is not a picture', f'shape {a.shape}', hint)
     a = _to_bytes(a, name)
     colour, alpha = (a[..., :-1], a[..., -1:]) if a.shape[-1] in (2, 4) else (a, None)
     if alpha is not None and alpha.min() < 255:
-        colour = np.rint((colour*alpha.astype(np.float32) + 255.*(255 - alpha))/255).astype(np.uint8)
-    return np.array(np.broadcast_to(colour, (*a.shape[:2], 3)), order='C')  # a copy: the caller may draw on it
+        colour = np.rint(
+            (colour*alpha.astype(np.float32) + 255.*(255 - alpha))/255).astype(np.uint8)
+    # a copy: the caller may draw on it
+    return np.array(np.broadcast_to(colour, (*a.shape[:2], 3)), order='C')
 
 def _from_pil(image, name):
     "A PIL picture in any mode, turned upright as its EXIF tag says -> uint8 (H,W,3)."
     image.load()
-    with contextlib.suppress(Exception): image = ImageOps.exif_transpose(image)  # a broken tag is no reason to refuse a picture
-    if image.mode in ('P', 'PA'): image = image.convert('RGBA' if 'transparency' in image.info or image.mode == 'PA' else 'RGB')
+    # a broken tag is no reason to refuse a picture
+    with contextlib.suppress(Exception): image = ImageOps.exif_transpose(image)
+    if image.mode in ('P', 'PA'):
+        image = image.convert('RGBA' if 'transparency' in image.info or image.mode == 'PA'
+                              else 'RGB')
     elif image.mode in ('La', 'RGBa'): image = image.convert(image.mode.upper())
-    elif image.mode not in ('1', 'L', 'LA', 'RGB', 'RGBA', 'I', 'F') and not image.mode.startswith('I;16'): image = image.convert('RGB')
+    elif image.mode not in ('1', 'L', 'LA', 'RGB', 'RGBA', 'I',
+                            'F') and not image.mode.startswith('I;16'):
+        image = image.convert('RGB')
     return _to_rgb(np.asarray(image), name)
 
 # %% ../nbs/ground/73_images.ipynb #ad8e55d6
@@ -57,52 +71,82 @@ def _what_is(head):
     "What the first bytes of a file look like."
     low = head[:256].lstrip().lower()
     if not head: return 'it is empty (0 bytes)'
-    if low.startswith((b'<!doctype', b'<html')): return 'it is an HTML page, perhaps the answer of a server instead of the picture'
-    if low.startswith(b'version https://git-lfs'): return 'it is a git-lfs pointer: the picture itself was not downloaded (git lfs pull)'
+    if low.startswith((b'<!doctype', b'<html')):
+        return 'it is an HTML page, perhaps the answer of a server instead of the picture'
+    if low.startswith(b'version https://git-lfs'):
+        return 'it is a git-lfs pointer: the picture itself was not downloaded (git lfs pull)'
     if head[4:8] == b'ftyp': return f"it is a {head[8:12].decode('latin1').strip()} container (HEIC, AVIF or video), which this Pillow does not read"
     if head.startswith(b'%PDF'): return 'it is a PDF'
-    if head.startswith((b'\x80\x02', b'\x80\x04', b'PK\x03\x04')): return 'it looks like a checkpoint or an archive'
+    if head.startswith((b'\x80\x02', b'\x80\x04', b'PK\x03\x04')):
+        return 'it looks like a checkpoint or an archive'
     if low.startswith(b'<svg') or low.startswith(b'<?xml'): return 'it is SVG or XML, not pixels'
     return 'it begins with ' + repr(head[:12])[2:-1]
 
+# %% ../nbs/ground/73_images.ipynb #15088e5f
 def _decode(data, name):
     "The bytes of a picture file -> uint8 (H,W,3), or an error that says what is wrong with them."
     do = 'Use a JPEG, PNG, WebP, TIFF or BMP file'
     try: image = Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError as e: raise ImageError(f'{name} is too large to be read safely', str(e), 'Scale it down first') from None
-    except Exception: raise ImageError(f'{name} is not a picture', _what_is(bytes(data[:256])), do) from None
+    except Image.DecompressionBombError as e:
+        raise ImageError(f'{name} is too large to be read safely', str(e),
+                         'Scale it down first') from None
+    except Exception:
+        raise ImageError(f'{name} is not a picture', _what_is(bytes(data[:256])), do) from None
     try: return _from_pil(image, name)
     except ImageError: raise
-    except Exception as e: raise ImageError(f'{name} cannot be decoded; it is truncated or damaged', f'{image.format}, {len(data)} bytes: {e}', 'Copy or download it again') from e
+    except Exception as e:
+        raise ImageError(f'{name} cannot be decoded; it is truncated or damaged',
+                         f'{image.format}, {len(data)} bytes: {e}',
+                         'Copy or download it again') from e
 
 # %% ../nbs/ground/73_images.ipynb #40debeac
 _URL = ('http:', 'https:', 'ftp:', 's3:', 'gs:', 'data:', 'file:')
 
+# %% ../nbs/ground/73_images.ipynb #393c587b
 def read_image(
     source,  # path, PIL picture, array (H,W[,C]), bytes of a picture file, or an open binary file
 ) -> np.ndarray:  # uint8 (H, W, 3) RGB, upright
-    "Any picture as 8-bit RGB; raises `ImageError` that says what it found instead. Nothing is ever fetched from a network."
+    """Any picture as 8-bit RGB; raises `ImageError` that says what it found instead. Nothing is
+    ever fetched from a network."""
     if isinstance(source, (str, os.PathLike)):
         path, name = Path(source).expanduser(), f"'{source}'"
         if str(source).strip().lower().startswith(_URL):
-            raise ImageError('A photograph must be a file here, not an address', f'{str(source)[:80]!r}', 'Download it and give the path')
-        if not str(source) or not os.path.exists(path): raise ImageError(f'There is no file {name}', f"looked in {path.parent.name or 'the working folder'}", 'Check the path')
-        if path.is_dir(): raise ImageError(f'{name} is a folder', 'a picture file was expected', 'Name one file in it')
+            raise ImageError('A photograph must be a file here, not an address',
+                             f'{str(source)[:80]!r}', 'Download it and give the path')
+        if not str(source) or not os.path.exists(path):
+            raise ImageError(f'There is no file {name}',
+                             f"looked in {path.parent.name or 'the working folder'}",
+                             'Check the path')
+        if path.is_dir():
+            raise ImageError(f'{name} is a folder', 'a picture file was expected',
+                             'Name one file in it')
         try: data = path.read_bytes()
-        except OSError as e: raise ImageError(f'{name} cannot be read', e.strerror or str(e), 'Check its permissions') from e
+        except OSError as e:
+            raise ImageError(f'{name} cannot be read', e.strerror or str(e),
+                             'Check its permissions') from e
         return _decode(data, name)
-    if isinstance(source, (bytes, bytearray, memoryview)): return _decode(bytes(source), 'The picture in memory')
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _decode(bytes(source), 'The picture in memory')
     if isinstance(source, Image.Image):
         try: return _from_pil(source, 'The PIL picture')
         except ImageError: raise
-        except Exception as e: raise ImageError('The PIL picture cannot be decoded', f'{source.mode}, {source.size}: {e}', 'Open its file again') from e
+        except Exception as e:
+            raise ImageError('The PIL picture cannot be decoded',
+                             f'{source.mode}, {source.size}: {e}', 'Open its file again') from e
     if callable(getattr(source, 'read', None)):
         try: data = source.read()
-        except Exception as e: raise ImageError('The open file cannot be read', str(e), 'Open it in binary mode') from e
-        if not isinstance(data, bytes): raise ImageError('The open file gives text', type(data).__name__, "Open it in binary mode ('rb')")
+        except Exception as e:
+            raise ImageError('The open file cannot be read', str(e),
+                             'Open it in binary mode') from e
+        if not isinstance(data, bytes):
+            raise ImageError('The open file gives text', type(data).__name__,
+                             "Open it in binary mode ('rb')")
         return _decode(data, f"'{getattr(source, 'name', 'The open file')}'")
     if hasattr(source, '__array__') or isinstance(source, (list, tuple)):
         try: array = np.asarray(source)
-        except Exception as e: raise ImageError('The value is not a picture', f'{type(source).__name__}: {e}', 'Give an array (H, W, 3)') from e
+        except Exception as e:
+            raise ImageError('The value is not a picture', f'{type(source).__name__}: {e}',
+                             'Give an array (H, W, 3)') from e
         return _to_rgb(array, 'The array')
-    raise ImageError('This kind of value is not a picture', type(source).__name__, 'Give a path, a PIL picture, an array, bytes or an open file')
+    raise ImageError('This kind of value is not a picture', type(source).__name__,
+                     'Give a path, a PIL picture, an array, bytes or an open file')

@@ -16,21 +16,26 @@ from .encoder import StructureEncoder
 
 # %% ../nbs/compat/60_ip_adapter_faceid.ipynb #c8d00ffc
 def agree(name, given, found, path):  # an argument of the caller, and what the tensors say
-    "Raise `ArgumentError` where a number that was given contradicts the checkpoint; None is 'as in the file'."
+    """Raise `ArgumentError` where a number that was given contradicts the checkpoint; None is
+    'as in the file'."""
     if given is not None and given != found:
-        raise ArgumentError(f'{name}={given} contradicts the checkpoint', f'{path} has {found}', f'Leave {name} out, or give {found}')
+        raise ArgumentError(f'{name}={given} contradicts the checkpoint', f'{path} has {found}',
+                            f'Leave {name} out, or give {found}')
 
 def generators(seed, device):  # None, a number or a list of numbers
     "The original's random numbers: one generator for the whole batch, or one for each picture."
-    if isinstance(seed, (list, tuple)): return [torch.Generator(device).manual_seed(int(s)) for s in seed]
+    if isinstance(seed, (list, tuple)):
+        return [torch.Generator(device).manual_seed(int(s)) for s in seed]
     return None if seed is None else torch.Generator(device).manual_seed(int(seed))
 
 # %% ../nbs/compat/60_ip_adapter_faceid.ipynb #5fbe4bb1
 PROMPT = 'best quality, high quality'
 NEGATIVE = 'monochrome, lowres, bad anatomy, worst quality, low quality'
 
+# %% ../nbs/compat/60_ip_adapter_faceid.ipynb #d1a86a04
 class IPAdapterFaceID:
-    "The original's class for FaceID, on our adapter. `pipe` is ready to use, `adapter` is a `FaceIDAdapter`."
+    """The original's class for FaceID, on our adapter. `pipe` is ready to use, `adapter` is a
+    `FaceIDAdapter`."""
     variants = ('faceid', 'portrait')
     def __init__(self,
         sd_pipe,           # a diffusers pipeline; it is moved to `device`
@@ -40,18 +45,26 @@ class IPAdapterFaceID:
         num_tokens=None,   # likewise
         torch_dtype=None,  # taken for compatibility: the adapter computes its few constants in float32 and gives them in the pipeline's own precision
     ):
-        self._attach(sd_pipe, self._read(ip_ckpt, lora_rank=lora_rank, num_tokens=num_tokens), device)
+        self._attach(sd_pipe, self._read(ip_ckpt, lora_rank=lora_rank, num_tokens=num_tokens),
+                     device)
     def _read(self, path, variant=None, **given):
         "The checkpoint, where this class can use it and it agrees with what the caller said."
         c = read_checkpoint(path, variant)
-        if c.variant not in self.variants: raise VariantError(f'{type(self).__name__} cannot use this checkpoint', f'{path} is a {c.variant} checkpoint', 'Use the class for that variant')
+        if c.variant not in self.variants:
+            raise VariantError(f'{type(self).__name__} cannot use this checkpoint',
+                               f'{path} is a {c.variant} checkpoint',
+                               'Use the class for that variant')
         for name, value in given.items(): agree(name, value, getattr(c, name), path)
         return c
     def _attach(self, pipe, c, device, n_cond=None, ignore_lora=False):
-        adapter = FaceIDAdapter.from_state(c.image_proj, c.ip_adapter, c.variant, {} if ignore_lora else None)
+        adapter = FaceIDAdapter.from_state(c.image_proj, c.ip_adapter, c.variant,
+                                           {} if ignore_lora else None)
         self.pipe = pipe.to(device)
         self.adapter = adapter.attach(self.pipe)
-        self.device, self.ip_ckpt, self.num_tokens, self.lora_rank, self.n_cond = device, c.path, c.num_tokens, c.lora_rank, n_cond
+        self.device, self.ip_ckpt, self.num_tokens, self.lora_rank, self.n_cond = (device, c.path,
+                                                                                   c.num_tokens,
+                                                                                   c.lora_rank,
+                                                                                   n_cond)
     def get_image_embeds(self, faceid_embeds):
         "Identity tokens (n, tokens, width) and those of nobody, as the original returns them."
         e = torch.as_tensor(faceid_embeds, dtype=torch.float32)
@@ -68,19 +81,31 @@ class IPAdapterFaceID:
         num_inference_steps=30,
         **kwargs,                # everything else goes to the pipeline
     ):
-        "Pictures as a list (or as `output_type` says): all samples of the first person, then of the second."
-        return self._generate(faceid_embeds, prompt, negative_prompt, dict(scale=scale), num_samples, seed, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, **kwargs)
+        """Pictures as a list (or as `output_type` says): all samples of the first person, then
+        of the second."""
+        return self._generate(faceid_embeds, prompt, negative_prompt, dict(scale=scale),
+                              num_samples, seed, guidance_scale=guidance_scale,
+                              num_inference_steps=num_inference_steps, **kwargs)
     def _generate(self, faceid_embeds, prompt, negative_prompt, knobs, num_samples, seed, **kwargs):
         "Run the pipeline under `condition(faceid_embeds, **knobs)`."
-        if faceid_embeds is None: raise ArgumentError('No face was given', 'faceid_embeds is None', 'Give embeddings of shape (n, 512)')
+        if faceid_embeds is None:
+            raise ArgumentError('No face was given', 'faceid_embeds is None',
+                                'Give embeddings of shape (n, 512)')
         e = torch.as_tensor(faceid_embeds, dtype=torch.float32)
         n = len(e)
-        texts = [self._texts(t, default, n, name) for t, default, name in ((prompt, PROMPT, 'prompt'), (negative_prompt, NEGATIVE, 'negative_prompt'))]
+        texts = [self._texts(t, default, n, name)
+                 for t, default, name in ((prompt, PROMPT, 'prompt'),
+                                          (negative_prompt, NEGATIVE, 'negative_prompt'))]
         with self.adapter.condition(e, num_images_per_prompt=num_samples, **knobs):
-            return self.pipe(prompt=texts[0], negative_prompt=texts[1], num_images_per_prompt=num_samples, generator=generators(seed, self.device), **kwargs).images
+            return self.pipe(prompt=texts[0], negative_prompt=texts[1],
+                             num_images_per_prompt=num_samples,
+                             generator=generators(seed, self.device), **kwargs).images
     def _texts(self, text, default, n, name):
-        texts = [default if text is None else text] * n if text is None or isinstance(text, str) else list(text)
-        if len(texts) != n: raise ArgumentError(f'{len(texts)} texts in {name} for {n} faces', '', 'Give one text, or one for each face')
+        texts = ([default if text is None else text] * n if text is None or isinstance(text, str)
+                 else list(text))
+        if len(texts) != n:
+            raise ArgumentError(f'{len(texts)} texts in {name} for {n} faces', '',
+                                'Give one text, or one for each face')
         return texts
 
 # %% ../nbs/compat/60_ip_adapter_faceid.ipynb #728ab5ab
@@ -96,22 +121,31 @@ class IPAdapterFaceIDPlus(IPAdapterFaceID):
         num_tokens=None,     # likewise
         torch_dtype=None,    # of the image encoder; None: the pipeline's own
     ):
-        self._attach_plus(sd_pipe, image_encoder_path, ip_ckpt, device, torch_dtype, lora_rank=lora_rank, num_tokens=num_tokens)
+        self._attach_plus(sd_pipe, image_encoder_path, ip_ckpt, device, torch_dtype,
+                          lora_rank=lora_rank, num_tokens=num_tokens)
     def _attach_plus(self, pipe, encoder, path, device, dtype, ignore_lora=False, **given):
         try: c = self._read(path, **given)
-        except VariantError: c = self._read(path, 'plusv2' if self.shortcut else 'plus', **given)    # its name does not say
-        if not isinstance(encoder, StructureEncoder): encoder = StructureEncoder.from_pretrained(encoder, device, dtype or pipe.unet.dtype)
+        # its name does not say
+        except VariantError: c = self._read(path, 'plusv2' if self.shortcut else 'plus', **given)
+        if not isinstance(encoder, StructureEncoder):
+            encoder = StructureEncoder.from_pretrained(encoder, device, dtype or pipe.unet.dtype)
         encoder.check(c.image_proj['perceiver_resampler.proj_in.weight'].shape[1])
         self._attach(pipe, c, device, ignore_lora=ignore_lora)
         self.image_encoder, self.shortcut = encoder, c.variant == 'plusv2'
     def get_image_embeds(self, faceid_embeds, face_image, s_scale=1.0, shortcut=None):
         "Identity tokens (n, tokens, width) and those of nobody, as the original returns them."
         e = torch.as_tensor(faceid_embeds, dtype=torch.float32)
-        with self._shortcut(shortcut): return self.adapter.tokens(e, self._look(face_image, len(e)), s_scale), self.adapter.tokens(torch.zeros_like(e), self.image_encoder.nobody(), s_scale)
+        with self._shortcut(shortcut):
+            return (self.adapter.tokens(e, self._look(face_image, len(e)), s_scale),
+                    self.adapter.tokens(torch.zeros_like(e), self.image_encoder.nobody(), s_scale))
     def _look(self, images, n):
-        if images is None: raise ArgumentError('No picture of the face was given', 'face_image is None', 'Give the aligned crop, 224 pixels, RGB')
+        if images is None:
+            raise ArgumentError('No picture of the face was given', 'face_image is None',
+                                'Give the aligned crop, 224 pixels, RGB')
         images = list(images) if isinstance(images, (list, tuple)) else [images]
-        if len(images) not in (1, n): raise ArgumentError(f'{len(images)} pictures for {n} faces', '', 'Give one, or one for each face')
+        if len(images) not in (1, n):
+            raise ArgumentError(f'{len(images)} pictures for {n} faces', '',
+                                'Give one, or one for each face')
         return self.image_encoder(images)
     @contextmanager
     def _shortcut(self, wanted):
@@ -128,11 +162,18 @@ class IPAdapterFaceIDPlus(IPAdapterFaceID):
         shortcut=None,           # True: PlusV2, False: Plus, None: as the file says
         **kwargs,                # everything else goes to the pipeline
     ):
-        "Pictures as a list (or as `output_type` says): all samples of the first person, then of the second."
-        if faceid_embeds is None: raise ArgumentError('No face was given', 'faceid_embeds is None', 'Give embeddings of shape (n, 512)')
-        knobs = dict(scale=scale, s_scale=s_scale, structure=self._look(face_image, len(faceid_embeds)), negative_structure=self.image_encoder.nobody())
+        """Pictures as a list (or as `output_type` says): all samples of the first person, then
+        of the second."""
+        if faceid_embeds is None:
+            raise ArgumentError('No face was given', 'faceid_embeds is None',
+                                'Give embeddings of shape (n, 512)')
+        knobs = dict(scale=scale, s_scale=s_scale,
+                     structure=self._look(face_image, len(faceid_embeds)),
+                     negative_structure=self.image_encoder.nobody())
         with self._shortcut(shortcut):
-            return self._generate(faceid_embeds, prompt, negative_prompt, knobs, num_samples, seed, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, **kwargs)
+            return self._generate(faceid_embeds, prompt, negative_prompt, knobs, num_samples, seed,
+                                  guidance_scale=guidance_scale,
+                                  num_inference_steps=num_inference_steps, **kwargs)
 
 # %% ../nbs/compat/60_ip_adapter_faceid.ipynb #42142bbe
 class IPAdapterFaceIDXL(IPAdapterFaceID):

@@ -12,7 +12,8 @@ from .ip_adapter_faceid import agree
 
 # %% ../nbs/compat/61_ip_adapter_faceid_separate.ipynb #91dc124c
 class IPAdapterFaceID(together.IPAdapterFaceID):
-    "The original's 'separate' class: LoRA inside the checkpoint ignored, the caller loads the separate file into the pipeline."
+    """The original's 'separate' class: LoRA inside the checkpoint ignored, the caller loads the
+    separate file into the pipeline."""
     def __init__(self,
         sd_pipe,           # a diffusers pipeline, its LoRA loaded; it is moved to `device`
         ip_ckpt,           # .bin or .safetensors
@@ -21,13 +22,17 @@ class IPAdapterFaceID(together.IPAdapterFaceID):
         n_cond=None,       # Portrait: photographs of one person; None: as many as are given
         torch_dtype=None,  # taken for compatibility, see the other class
     ):
-        self._attach(sd_pipe, self._read(ip_ckpt, num_tokens=num_tokens), device, n_cond=n_cond, ignore_lora=True)
-    def generate(self, faceid_embeds=None, prompt=None, negative_prompt=None, scale=1.0, num_samples=4, seed=None, guidance_scale=7.5, num_inference_steps=30, **kwargs):
+        self._attach(sd_pipe, self._read(ip_ckpt, num_tokens=num_tokens), device, n_cond=n_cond,
+                     ignore_lora=True)
+    def generate(self, faceid_embeds=None, prompt=None, negative_prompt=None, scale=1.0,
+                 num_samples=4, seed=None, guidance_scale=7.5, num_inference_steps=30, **kwargs):
         "As in the other module; embeddings (n, 512), or (n, n_cond, 512) for Portrait."
         if faceid_embeds is not None and self.n_cond is not None:
             shape = tuple(torch.as_tensor(faceid_embeds).shape)
-            if len(shape) == 3: agree('n_cond', self.n_cond, shape[1], f'faceid_embeds of shape {shape}')
-        return super().generate(faceid_embeds, prompt, negative_prompt, scale, num_samples, seed, guidance_scale, num_inference_steps, **kwargs)
+            if len(shape) == 3:
+                agree('n_cond', self.n_cond, shape[1], f'faceid_embeds of shape {shape}')
+        return super().generate(faceid_embeds, prompt, negative_prompt, scale, num_samples, seed,
+                                guidance_scale, num_inference_steps, **kwargs)
 
 # %% ../nbs/compat/61_ip_adapter_faceid_separate.ipynb #4d65dc67
 class IPAdapterFaceIDPlus(together.IPAdapterFaceIDPlus):
@@ -40,4 +45,5 @@ class IPAdapterFaceIDPlus(together.IPAdapterFaceIDPlus):
         num_tokens=None,     # None: as in the file; another number than the file's is an error
         torch_dtype=None,    # of the image encoder; None: the pipeline's own
     ):
-        self._attach_plus(sd_pipe, image_encoder_path, ip_ckpt, device, torch_dtype, ignore_lora=True, num_tokens=num_tokens)
+        self._attach_plus(sd_pipe, image_encoder_path, ip_ckpt, device, torch_dtype,
+                          ignore_lora=True, num_tokens=num_tokens)

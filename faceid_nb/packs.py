@@ -34,12 +34,16 @@ def pack_folder(
     root=None,  # as insightface's: packs lie in root/models; None: its own ~/.insightface, for 'tiny' the folder in this package
 ) -> Path:
     "Where a pack lies or should lie."
-    if isinstance(name, os.PathLike) or os.sep in str(name): return Path(name).expanduser().absolute()
+    if isinstance(name, os.PathLike) or os.sep in str(name):
+        return Path(name).expanduser().absolute()
     if root is None:
         import faceid_nb
-        root = Path(faceid_nb.__file__).parent/'weights'/'tiny' if name == 'tiny' else Path('~/.insightface')
+        root = (Path(faceid_nb.__file__).parent/'weights'/'tiny' if name == 'tiny'
+                else Path('~/.insightface'))
     folder = Path(root).expanduser().absolute()/'models'/str(name)
-    return folder/str(name) if not list(folder.glob('*.onnx')) and (folder/str(name)).is_dir() else folder  # some archives nest it
+    # some archives nest it
+    return (folder/str(name) if not list(folder.glob('*.onnx')) and (folder/str(name)).is_dir()
+            else folder)
 
 # %% ../nbs/ground/72_packs.ipynb #b14731c2
 def pack_missing(name, folder, found, do=None):
@@ -47,9 +51,14 @@ def pack_missing(name, folder, found, do=None):
     det, rec, size, _ = PACKS.get(str(name), (None, None, None, None))
     files = f'{det} and {rec}' if det else 'a detector and a recogniser as .onnx files'
     get = f"python -c \"from faceid_nb.face import download_pack; download_pack('{name}')\" downloads it ({size} MB)" if size else None
-    do = do or ('; '.join(filter(None, [get, f'or place {files} in that folder' if get else f'Place {files} in that folder',
-                                       LICENCE if name != 'tiny' else None, "drawn people need no download: FaceReader('tiny')" if name != 'tiny' else None])))
-    return PackMissingError(f"The face pack '{name}' is missing or incomplete", f'{folder}: {found}', do)
+    do = do or ('; '.join(filter(None, [get,
+                                        f'or place {files} in that folder' if get
+                                        else f'Place {files} in that folder',
+                                        LICENCE if name != 'tiny' else None,
+                                        "drawn people need no download: FaceReader('tiny')"
+                                        if name != 'tiny' else None])))
+    return PackMissingError(f"The face pack '{name}' is missing or incomplete",
+                            f'{folder}: {found}', do)
 
 def check_pack(
     name, root=None,  # as for `pack_folder`
@@ -58,16 +67,20 @@ def check_pack(
     folder = pack_folder(name, root)
     if not folder.is_dir(): raise pack_missing(name, folder, 'there is no such folder')
     files = sorted(p.name for p in folder.glob('*.onnx') if p.stat().st_size)
-    if len(files) < 2: raise pack_missing(name, folder, f"holds {', '.join(files) or 'no .onnx file'}")
+    if len(files) < 2:
+        raise pack_missing(name, folder, f"holds {', '.join(files) or 'no .onnx file'}")
     return folder
 
 # %% ../nbs/ground/72_packs.ipynb #5e698f55
 def _fetch(url, part):
-    "Download into the file `part`; where an earlier attempt stopped, a server that can goes on from there."
+    """Download into the file `part`; where an earlier attempt stopped, a server that can goes on
+    from there."""
     import requests
     from tqdm.auto import tqdm
     have = part.stat().st_size if part.exists() else 0
-    with requests.get(url, stream=True, timeout=(10, 60), headers={'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})) as r:
+    with requests.get(url, stream=True, timeout=(10, 60),
+                      headers={'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have
+                                                                 else {})) as r:
         # what was begun is no part of this file
         if r.status_code == 416:
             part.unlink()
@@ -75,23 +88,33 @@ def _fetch(url, part):
         r.raise_for_status()
         if r.status_code != 206: have = 0
         size = have + int(r.headers.get('Content-Length', 0))
-        with open(part, 'ab' if have else 'wb') as f, tqdm(desc=part.stem, total=size or None, initial=have, unit='B', unit_scale=True) as bar:
+        with open(part, 'ab' if have else 'wb') as f, tqdm(desc=part.stem, total=size or None,
+                                                           initial=have, unit='B',
+                                                           unit_scale=True) as bar:
             for chunk in r.iter_content(1 << 20): bar.update(f.write(chunk))
-    if part.stat().st_size < size: raise requests.ConnectionError(f'{part.stat().st_size} of {size} bytes')
+    if part.stat().st_size < size:
+        raise requests.ConnectionError(f'{part.stat().st_size} of {size} bytes')
 
 # %% ../nbs/ground/72_packs.ipynb #dda3994d
 def _unpack(part, folder):
-    "Make `folder` from the networks in an archive, all or nothing. A name loses its path, so that none leads out of the folder."
+    """Make `folder` from the networks in an archive, all or nothing. A name loses its path, so
+    that none leads out of the folder."""
     with open(part, 'rb') as f:
         head = f.read(12)
         f.seek(0)
-        found = (hashlib.file_digest(f, 'sha256') if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read())).hexdigest()
+        found = (hashlib.file_digest(f, 'sha256') if hasattr(hashlib,
+                                                             'file_digest')
+                 else hashlib.sha256(f.read())).hexdigest()
     if not zipfile.is_zipfile(part): raise zipfile.BadZipFile(f'it begins with {head!r}')
     wanted = PACK_SUMS.get(folder.name, found)
-    if found != wanted: raise zipfile.BadZipFile(f'its SHA-256 begins with {found[:12]}, not with {wanted[:12]}')
+    if found != wanted:
+        raise zipfile.BadZipFile(f'its SHA-256 begins with {found[:12]}, not with {wanted[:12]}')
     with zipfile.ZipFile(part) as z, tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as beside:
-        files, new = {Path(m.filename).name: m for m in z.infolist() if m.filename.endswith('.onnx')}, Path(beside)/folder.name
-        if len(files) < 2: raise zipfile.BadZipFile(f"it holds {', '.join(z.namelist()[:5]) or 'nothing'}")
+        files, new = ({Path(m.filename).name: m
+                       for m in z.infolist() if m.filename.endswith('.onnx')},
+                      Path(beside)/folder.name)
+        if len(files) < 2:
+            raise zipfile.BadZipFile(f"it holds {', '.join(z.namelist()[:5]) or 'nothing'}")
         new.mkdir()
         for name, member in files.items():
             with z.open(member) as a, open(new/name, 'wb') as b: shutil.copyfileobj(a, b)
@@ -99,14 +122,20 @@ def _unpack(part, folder):
 
 # %% ../nbs/ground/72_packs.ipynb #9a91da64
 def _why(e, url, part):
-    "What went wrong with a download, what to do about it (None: the usual), and whether what has arrived is worth keeping."
+    """What went wrong with a download, what to do about it (None: the usual), and whether what
+    has arrived is worth keeping."""
     import requests
-    if status := getattr(getattr(e, 'response', None), 'status_code', None): return f'{url} answers {status}', None, status >= 500
+    if status := getattr(getattr(e, 'response', None), 'status_code', None):
+        return f'{url} answers {status}', None, status >= 500
     if isinstance(e, requests.RequestException):
         if part.exists(): return f'the transfer broke off after {part.stat().st_size/1e6:.1f} MB ({type(e).__name__})', 'Try again: what has arrived is kept', True
-        return f'not here, and {url} cannot be reached ({type(e).__name__}): the download failed', None, True
-    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): return f'the disk does not take it: {e.strerror}', 'Make room, or put the pack elsewhere with root=', False
-    if isinstance(e, zipfile.BadZipFile): return f'what {url} sent is not the pack: {e}', 'Try again; what arrived was removed', False
+        return (f'not here, and {url} cannot be reached ({type(e).__name__}): the download failed',
+                None, True)
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (f'the disk does not take it: {e.strerror}',
+                'Make room, or put the pack elsewhere with root=', False)
+    if isinstance(e, zipfile.BadZipFile):
+        return f'what {url} sent is not the pack: {e}', 'Try again; what arrived was removed', False
     return f'the download failed ({type(e).__name__}: {str(e)[:120]})', None, False
 
 # %% ../nbs/ground/72_packs.ipynb #aeaec924
@@ -114,12 +143,17 @@ def download_pack(
     name='buffalo_l',  # one of `PACKS`
     root=None,         # as for `pack_folder`
 ) -> Path:  # the folder
-    "Fetch an InsightFace pack (non-commercial research only), unless it is there. Raises `PackMissingError`; a failed attempt leaves no half pack."
-    if name not in PACKS or name == 'tiny': raise ArgumentError('This pack cannot be downloaded', repr(name), f"Known are {', '.join(k for k in PACKS if k != 'tiny')}")
+    """Fetch an InsightFace pack (non-commercial research only), unless it is there. Raises
+    `PackMissingError`; a failed attempt leaves no half pack."""
+    if name not in PACKS or name == 'tiny':
+        raise ArgumentError('This pack cannot be downloaded', repr(name),
+                            f"Known are {', '.join(k for k in PACKS if k != 'tiny')}")
     with contextlib.suppress(PackMissingError): return check_pack(name, root)
     folder = pack_folder(name, root)
     part = folder.with_name(f'{name}.zip.part')
-    if folder.exists(): raise pack_missing(name, folder, 'the folder exists but is not whole', 'Remove that folder and try again')
+    if folder.exists():
+        raise pack_missing(name, folder, 'the folder exists but is not whole',
+                           'Remove that folder and try again')
     from insightface.utils.storage import BASE_REPO_URL
     url = f"{(os.environ.get('FACEID_NB_PACK_URL') or BASE_REPO_URL).rstrip('/')}/{name}.zip"
     print(f'{name}: {LICENCE}', file=sys.stderr)

@@ -848,7 +848,8 @@ def trade_off(
     chosen=None,   # {argument: value}, or the value where `by` is one argument: the setting to be ringed
     width=WIDTH,   # inches, of 100 dots
 ) -> Drawing:
-    "Settings with their intervals; those that none beats in both are joined. Raises `ArgumentError`."
+    """Settings with their intervals; those that none beats in both are joined. Raises
+    `ArgumentError`."""
     by = [by] if isinstance(by, str) else list(by)
     t = _read(table, x, y, *by)
     parts = _split(t, *by)
