@@ -16,7 +16,7 @@ from .lora import lora_from_checkpoint, lora_into_checkpoint, read_lora, save_lo
 
 # %% ../nbs/compat/62_convert.ipynb #c4c8d8d1
 def convert(source, target, variant=None):
-    "Rewrite a checkpoint in the layout that `target`'s suffix names, `.bin` or `.safetensors`; the tensors stay the same bits."
+    "Rewrite a checkpoint in the layout that `target`'s suffix names, `.bin` or `.safetensors`, bit for bit."
     return save_checkpoint(read_checkpoint(source, variant), target)
 
 # %% ../nbs/compat/62_convert.ipynb #ea2c7d17
@@ -25,13 +25,17 @@ def split_lora(
     processors,                   # names of `unet.attn_processors`, in order
     variant=None,
 ):
-    "A checkpoint as two files, as the official release has them. Returns both paths. Raises `LoRAError` where there is no LoRA inside."
+    "A checkpoint as two files. Returns both paths. Raises `LoRAError` where there is no LoRA inside."
     c = read_checkpoint(source, variant)
     lora = lora_from_checkpoint(c.ip_adapter, processors)
-    if not lora: raise LoRAError(f'{Path(source).name} has no LoRA inside', f'it is {c.variant}', 'There is nothing to split')
-    bare = replace(c, ip_adapter={k: t for k, t in c.ip_adapter.items() if '_lora.' not in k}, lora_rank=0)
+    if not lora:
+        raise LoRAError(f'{Path(source).name} has no LoRA inside', f'it is {c.variant}',
+                        'There is nothing to split')
+    rest = {k: t for k, t in c.ip_adapter.items() if '_lora.' not in k}
     beside = save_lora(lora, lora_target)   # first: `target` may be `source`
-    return save_checkpoint(bare, target), beside
+    return save_checkpoint(replace(c, ip_adapter=rest, lora_rank=0), target), beside
+
+def _layer_number(key): return int(key.split('.')[0])
 
 def join_lora(
     source, lora,  # the checkpoint without, and the LoRA's file
@@ -39,58 +43,120 @@ def join_lora(
 ):
     "The two as one checkpoint. Returns its path."
     c = read_checkpoint(source, variant)
-    if c.lora_rank: raise LoRAError(f'{Path(source).name} has a LoRA already', f'of rank {c.lora_rank}', 'Split it off first')
+    if c.lora_rank:
+        raise LoRAError(f'{Path(source).name} has a LoRA already', f'of rank {c.lora_rank}',
+                        'Split it off first')
     ip = c.ip_adapter | lora_into_checkpoint(read_lora(lora), processors)
-    number = lambda k: int(k.split('.')[0])
-    return save_checkpoint({'image_proj': c.image_proj, 'ip_adapter': {k: ip[k] for k in sorted(ip, key=number)}}, target, c.variant)
+    ip = {k: ip[k] for k in sorted(ip, key=_layer_number)}
+    return save_checkpoint({'image_proj': c.image_proj, 'ip_adapter': ip}, target, c.variant)
 
 # %% ../nbs/compat/62_convert.ipynb #bb02ce63
 _PROJ = 'encoder_hid_proj.image_projection_layers.0.'
-_RENAMED = {'.0.norm1.': '.ln0.', '.0.norm2.': '.ln1.', '.0.to_q.': '.attn.to_q.', '.0.to_out.': '.attn.to_out.0.', '.1.0.': '.ff.0.', '.1.1.': '.ff.1.net.0.proj.', '.1.3.': '.ff.1.net.2.'}   # behind `layers.N`
+_RESAMPLER = 'perceiver_resampler.'
+_IN_LAYER = re.compile(r'(layers\.\d+)(\..*)')
+_RENAMED = {   # behind `layers.N`: the official name, diffusers'
+    '.0.norm1.': '.ln0.', '.0.norm2.': '.ln1.', '.0.to_q.': '.attn.to_q.', '.0.to_out.': '.attn.to_out.0.',
+    '.1.0.': '.ff.0.', '.1.1.': '.ff.1.net.0.proj.', '.1.3.': '.ff.1.net.2.'}
 
+def _renamed(name, pairs):
+    "A name with the beginning replaced that one of the pairs knows."
+    return next((name.replace(a, b) for a, b in pairs if name.startswith(a)), name)
+
+# %% ../nbs/compat/62_convert.ipynb #057a5b1e
+def _projection_to_diffusers(checkpoint):
+    "The projection's tensors under the names of `encoder_hid_proj`."
+    out, mlp = {}, 'proj.net' if 'plus' in checkpoint.variant else 'ff.net'
+    for key, tensor in checkpoint.image_proj.items():
+        key = key.removeprefix(_RESAMPLER).replace('proj.0.', f'{mlp}.0.proj.').replace('proj.2.',
+                                                                                        f'{mlp}.2.')
+        layer = _IN_LAYER.match(key)
+        if layer is None: out[_PROJ + key] = tensor
+        elif '.to_kv.' not in key: out[_PROJ + layer[1] + _renamed(layer[2], _RENAMED.items())] = tensor
+        else:
+            k, v = tensor.chunk(2)
+            out |= {f'{_PROJ}{layer[1]}.attn.to_k.weight': k, f'{_PROJ}{layer[1]}.attn.to_v.weight': v}
+    return out
+
+# %% ../nbs/compat/62_convert.ipynb #57eefd01
 def to_diffusers(
     checkpoint,  # a `Checkpoint`
     processors,  # names of `unet.attn_processors`, in order
 ) -> dict:
-    "Its tensors under the names that a UNet has for them after `load_ip_adapter`; the LoRA as `PATH.lora_A.faceid_0.weight`."
-    out, mlp = {}, 'proj.net' if 'plus' in checkpoint.variant else 'ff.net'
-    for k, t in checkpoint.image_proj.items():
-        k = k.removeprefix('perceiver_resampler.').replace('proj.0.', f'{mlp}.0.proj.').replace('proj.2.', f'{mlp}.2.')
-        m = re.match(r'(layers\.\d+)(\..*)', k)
-        tail = m and next((m[2].replace(a, b) for a, b in _RENAMED.items() if m[2].startswith(a)), m[2])
-        if m and '.to_kv.' in tail: out |= {f'{_PROJ}{m[1]}.attn.to_{x}.weight': half for x, half in zip('kv', t.chunk(2))}
-        else: out[_PROJ + (m[1] + tail if m else k)] = t
-    names = [n.removesuffix('.processor') for n in processors]
-    for i in checkpoint.layers: out |= {f'{names[i]}.processor.to_{x}_ip.0.weight': checkpoint.ip_adapter[f'{i}.to_{x}_ip.weight'] for x in 'kv'}
-    half = {'down': 'lora_A', 'up': 'lora_B'}
-    return out | {'{}.{}.faceid_0.weight'.format(k.rpartition('.')[0], half[k.rpartition('.')[2]]): t for k, t in lora_from_checkpoint(checkpoint.ip_adapter, processors).items()}
+    "Its tensors as a UNet names them after `load_ip_adapter`; the LoRA as `PATH.lora_A.faceid_0.weight`."
+    out, ip = _projection_to_diffusers(checkpoint), checkpoint.ip_adapter
+    paths = [name.removesuffix('.processor') for name in processors]
+    for i in checkpoint.layers:
+        for x in 'kv': out[f'{paths[i]}.processor.to_{x}_ip.0.weight'] = ip[f'{i}.to_{x}_ip.weight']
+    for key, tensor in lora_from_checkpoint(ip, processors).items():
+        path, _, half = key.rpartition('.')
+        letter = {'down': 'A', 'up': 'B'}[half]
+        out[f'{path}.lora_{letter}.faceid_0.weight'] = tensor
+    return out
 
+# %% ../nbs/compat/62_convert.ipynb #50175d86
+def _name_from_diffusers(key, plus):
+    "The official name of a tensor outside the layers of the projection."
+    if key.startswith('layers.'): return key
+    return key.replace('proj.net.' if plus else 'ff.net.', 'proj.', 1).replace('proj.0.proj.', 'proj.0.')
+
+def _projection_from_diffusers(state):
+    "The `image_proj` section out of a UNet's tensors."
+    held = {k.removeprefix(_PROJ): t for k, t in state.items() if k.startswith(_PROJ)}
+    plus = any(k.startswith('proj_in.') for k in held)
+    inside = '' if 'latents' in held else _RESAMPLER
+    back, out = [(theirs, ours) for ours, theirs in _RENAMED.items()], {}
+    for key, tensor in held.items():
+        key, layer = _name_from_diffusers(key, plus), _IN_LAYER.match(key)
+        if layer is None: out[key if not plus
+                              or key.startswith(('proj.', 'norm.')) else inside + key] = tensor
+        elif '.attn.to_k.' in key:
+            kv = torch.cat([tensor, held[key.replace('.to_k.', '.to_v.')]])
+            out[f'{inside}{layer[1]}.0.to_kv.weight'] = kv
+        elif '.attn.to_v.' not in key: out[inside + layer[1] + _renamed(layer[2], back)] = tensor
+    return out
+
+# %% ../nbs/compat/62_convert.ipynb #a8fed088
+_KV = re.compile(r'(.*)\.processor\.to_([kv])_ip\.0\.weight$')
+_LORA = re.compile(r'(.*)\.lora_([AB])\.faceid_\d+\.weight$')
+
+def _attention_from_diffusers(state, numbers):   # `numbers`: {path of an attention layer: its number}
+    "({'1.to_k_ip.weight': ...}, {'PATH.down': ...}) out of a UNet's tensors"
+    ip, lora = {}, {}
+    for key, tensor in state.items():
+        if m := _KV.match(key): ip[f'{numbers[m[1]]}.to_{m[2]}_ip.weight'] = tensor
+        elif m := _LORA.match(key): lora[f'{m[1]}.{dict(A="down", B="up")[m[2]]}'] = tensor
+    return ip, lora
+
+# %% ../nbs/compat/62_convert.ipynb #ddb310d9
+def check_one_adapter(state, numbers):
+    "Raise where a UNet's tensors hold several adapters, or layers that these processors do not have."
+    loaded = {m[1] for k in state
+              if (m := re.match(r'encoder_hid_proj\.image_projection_layers\.(\d+)\.', k))}
+    if len(loaded) > 1:
+        raise CheckpointError(f'{len(loaded)} adapters are loaded in this UNet',
+                              'Their LoRAs cannot be told apart',
+                              'Load one alone')
+    layers = {k: m[1] for k in state if (m := re.match(r'(.*)\.processor\.to_[kv]_ip\.', k))}
+    strange = [k for k, path in layers.items() if path not in numbers]
+    if strange:
+        raise BaseModelError('The names of the processors are of another UNet', f'They lack {strange[0]}',
+                             'Give list(unet.attn_processors) of the UNet that the tensors are from')
+
+# %% ../nbs/compat/62_convert.ipynb #7138b8f7
 def from_diffusers(
     state,         # `unet.state_dict()` with one FaceID adapter loaded; other tensors are passed over
     processors,    # names of `unet.attn_processors`, in order
     variant=None,  # needed for Plus and PlusV2: diffusers keeps the shortcut as a switch, not in the tensors
 ) -> Checkpoint:
     "The way back. Raises `CheckpointError`, `BaseModelError`."
-    proj, ip, lora, number = {}, {}, {}, {n.removesuffix('.processor'): i for i, n in enumerate(processors)}
-    back = {b: a for a, b in _RENAMED.items()}
-    if len(several := {m[1] for k in state if (m := re.match(r'encoder_hid_proj\.image_projection_layers\.(\d+)\.', k))}) > 1:
-        raise CheckpointError(f'{len(several)} adapters are loaded in this UNet', 'Their LoRAs cannot be told apart', 'Load one alone')
-    if strange := [k for k in state if (m := re.match(r'(.*)\.processor\.to_[kv]_ip\.', k)) and m[1] not in number]:
-        raise BaseModelError('The names of the processors are of another UNet', f'They lack {strange[0]}', 'Give list(unet.attn_processors) of the UNet that the tensors are from')
-    plus = any(k.startswith(f'{_PROJ}proj_in.') for k in state)
-    inside = '' if f'{_PROJ}latents' in state else 'perceiver_resampler.'
-    for k, t in state.items():
-        if k.startswith(_PROJ):
-            k = k.removeprefix(_PROJ).replace('proj.net.' if plus else 'ff.net.', 'proj.', 1) if not k.startswith(f'{_PROJ}layers.') else k.removeprefix(_PROJ)
-            k = k.replace('proj.0.proj.', 'proj.0.')
-            m = re.match(r'(layers\.\d+)(\..*)', k)
-            if m and re.match(r'\.attn\.to_[kv]\.', m[2]):
-                if '.to_k.' in k: proj[f'{inside}{m[1]}.0.to_kv.weight'] = torch.cat([t, state[_PROJ + k.replace('.to_k.', '.to_v.')]])
-            elif m: proj[inside + m[1] + next(m[2].replace(b, a) for b, a in back.items() if m[2].startswith(b))] = t
-            else: proj[k if not plus or k.startswith(('proj.', 'norm.')) else inside + k] = t
-        elif m := re.match(r'(.*)\.processor\.to_([kv])_ip\.0\.weight$', k): ip[f'{number[m[1]]}.to_{m[2]}_ip.weight'] = t
-        elif m := re.match(r'(.*)\.lora_([AB])\.faceid_\d+\.weight$', k): lora[f'{m[1]}.{dict(A="down", B="up")[m[2]]}'] = t
-    if not proj or not ip: raise CheckpointError('No FaceID adapter is loaded in this UNet', f'{len(proj)} tensors of a projection, {len(ip)} of K and V', 'Load one with pipe.load_ip_adapter first')
+    numbers = {name.removesuffix('.processor'): i for i, name in enumerate(processors)}
+    check_one_adapter(state, numbers)
+    proj = _projection_from_diffusers(state)
+    ip, lora = _attention_from_diffusers(state, numbers)
+    if not proj or not ip:
+        raise CheckpointError('No FaceID adapter is loaded in this UNet',
+                              f'{len(proj)} tensors of a projection, {len(ip)} of K and V',
+                              'Load one with pipe.load_ip_adapter first')
     ip |= lora_into_checkpoint(lora, processors)
-    order = lambda k: int(k.split('.')[0])
-    return check_state({'image_proj': proj, 'ip_adapter': {k: ip[k] for k in sorted(ip, key=order)}}, variant, 'the UNet', recorded=variant)
+    ip = {k: ip[k] for k in sorted(ip, key=_layer_number)}
+    return check_state({'image_proj': proj, 'ip_adapter': ip}, variant, 'the UNet', recorded=variant)

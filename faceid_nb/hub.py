@@ -9,7 +9,6 @@ __all__ = ['TINY', 'HUB', 'DDIM', 'check_device', 'choose_device', 'has_bf16', '
 # %% ../nbs/ground/71_hub.ipynb #7e47d75e
 import errno
 import hashlib
-import os
 import re
 import threading
 import warnings
@@ -20,8 +19,6 @@ import faceid_nb
 from .errors import ArgumentError, CheckpointError, WeightsMissingError
 
 # %% ../nbs/ground/71_hub.ipynb #6d1b2f4b
-os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
-
 TINY = Path(faceid_nb.__file__).parent/'weights'/'tiny'  # the pack that comes with this package
 HUB = 'h94/IP-Adapter-FaceID'                            # the official FaceID weights
 DDIM = dict(  # the model card's scheduler
