@@ -376,7 +376,7 @@ def test_missing_pack_without_network(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 def test_missing_pack_does_not_ask_the_network(tmp_path, monkeypatch):
-    monkeypatch.setattr('faceid_nb.packs._fetch', lambda *a: pytest.fail('a download was tried'))
+    monkeypatch.setattr('faceid_nb.packs.fetch', lambda *a: pytest.fail('a download was tried'))
     monkeypatch.setenv('HOME', str(tmp_path))
     with pytest.raises(PackMissingError): FaceReader()
     (tmp_path/'.insightface'/'models'/'buffalo_l').mkdir(parents=True)
@@ -430,12 +430,12 @@ def test_download_is_from_insightfaces_release(tmp_path, root, monkeypatch):
     def fetch(url, part):
         assert url == 'https://github.com/deepinsight/insightface/releases/download/model-zoo/buffalo_l.zip'
         shutil.move(shutil.make_archive(str(tmp_path/'a'), 'zip', root/'models'/'fake'), part)
-    monkeypatch.setattr('faceid_nb.packs._fetch', fetch)
+    monkeypatch.setattr('faceid_nb.packs.fetch', fetch)
     monkeypatch.delitem(PACK_SUMS, 'buffalo_l')
     monkeypatch.delenv('FACEID_NB_PACK_URL', raising=False)
     r = FaceReader('buffalo_l', tmp_path, providers='cpu', download=True)
     assert r.name == 'buffalo_l' and [p.name for p in (tmp_path/'models').iterdir()] == ['buffalo_l']
-    monkeypatch.setattr('faceid_nb.packs._fetch', lambda *a: pytest.fail('again'))
+    monkeypatch.setattr('faceid_nb.packs.fetch', lambda *a: pytest.fail('again'))
     FaceReader('buffalo_l', tmp_path, providers='cpu', download=True)
 
 def test_packs_that_cannot_be_downloaded(tmp_path):

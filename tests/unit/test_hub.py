@@ -3,7 +3,7 @@ import errno, hashlib, io, json, os, resource, subprocess, sys, zipfile
 import pytest
 import goldens_build as gold
 from conftest import ROOT
-from faceid_nb import face as F
+from faceid_nb import packs as F
 from faceid_nb.errors import PackMissingError, WeightsMissingError
 from hub_server import Hub
 from faceid_nb.models import CONFIGS, HUB, MODELS, VIT_H, load
