@@ -382,9 +382,8 @@ def check_state(
     shape = tokens, width, embed, rank = read_shapes(state, title)
     variant = _settle_variant(state, shape, name, variant, recorded)
     base = BASES.get(width, f'{width} wide')
-    return Checkpoint(**state, variant=variant, num_tokens=tokens, lora_rank=rank,
-                      cross_attention_dim=width,
-                      embedding_dim=embed, base=base, path=path)
+    numbers = dict(num_tokens=tokens, lora_rank=rank, cross_attention_dim=width, embedding_dim=embed)
+    return Checkpoint(state['image_proj'], state['ip_adapter'], variant, **numbers, base=base, path=path)
 
 # %% ../nbs/method/06_checkpoint.ipynb #450cd9dd
 def read_checkpoint(

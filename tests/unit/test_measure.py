@@ -414,7 +414,7 @@ def score(texts, images):
 
 def test_everything_at_once_equals_one_by_one(reader):
     her = reader.best(person(1))
-    found = M.measure_pictures(her, FOUR, 'abcd', reader=reader, scorer=score)
+    found = M.measure_pictures(her, FOUR, list('abcd'), reader=reader, scorer=score)
     close(found['likeness'], identity_similarity(her, FOUR, reader=reader))
     close(found['distance'], M.structure_distance(her, FOUR, reader))
     close(found['adherence'], score('abcd', FOUR))

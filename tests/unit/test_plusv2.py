@@ -35,7 +35,7 @@ def test_a_sweep_needs_plusv2_and_one_crop(adapter):
 
 def test_the_packs_structure_is_the_photographs():
     from faceid_nb.measure import identity_similarity
-    from faceid_nb.tiny.adapters import as_tensor, load_reader, read_scenes
+    from faceid_nb.tiny.scenes import as_tensor, load_reader, read_scenes
     from faceid_nb.tiny.people import EXPRESSIONS, render, sample_people
     model = load('tiny-plusv2', device='cpu')
     model.pipe.set_progress_bar_config(disable=True)
@@ -51,7 +51,7 @@ def test_the_packs_structure_is_the_photographs():
 # --- lessons for a resampler
 
 def test_shapes_of_faces_do_not_change_with_place_size_and_tilt():
-    from faceid_nb.tiny.adapters import face_shapes
+    from faceid_nb.tiny.lessons import face_shapes
     g = torch.Generator().manual_seed(0)
     p = torch.as_tensor([[20., 25], [42, 26], [31, 37], [24, 46], [39, 47]]) + torch.randn(300, 5, 2, generator=g)
     s = face_shapes(p)
@@ -70,7 +70,7 @@ def test_shapes_of_faces_do_not_change_with_place_size_and_tilt():
 def test_a_resampler_learns_its_lesson(shortcut):
     "Numbers that only the crop holds are to be found in the tokens afterwards, beside the person; nothing else has learnt."
     from faceid_nb.projection import PlusProjection
-    from faceid_nb.tiny.adapters import lesson_goal, teach_resampler
+    from faceid_nb.tiny.lessons import lesson_goal, teach_resampler
     torch.manual_seed(0)
     n = 400
     net = PlusProjection(64, clip_embeddings_dim=32, shortcut=shortcut)

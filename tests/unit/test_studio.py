@@ -577,11 +577,11 @@ def test_everybody_is_compared_with_everybody(studio, two, tmp_path):
     studio.folder = 'portraits'
 
 def test_a_survey_a_search_and_what_is_chosen(studio, tmp_path, monkeypatch):
-    from faceid_nb import sweep
+    from faceid_nb import work
     like = {.25: .2, .5: .4, 1.: .6}
     def measured(model, cells, *_):
         for c in cells: c.likeness, c.distance, c.adherence = like[c.parameters['scale']], .1, 1 - like[c.parameters['scale']]
-    monkeypatch.setattr(sweep, '_measure', measured)
+    monkeypatch.setattr(work, 'measure_cells', measured)
     studio.folder = str(tmp_path)
     c = S.Comparison(studio, scales=list(like), seeds=[0], target=.35)
     assert not c.use() and 'Nothing is chosen' in studio.error and c.export() == []

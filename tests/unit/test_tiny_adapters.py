@@ -8,6 +8,8 @@ from PIL import Image
 import helpers_pack as P
 from faceid_nb.errors import ArgumentError, WeightsMissingError
 from faceid_nb.tiny import adapters as A, people as drawn
+from faceid_nb.tiny import evaluate as V, lessons as L, scenes as S
+from faceid_nb.measure import mean_interval, share_interval
 from faceid_nb.train import LatentTable
 
 @pytest.fixture(scope='module')
@@ -21,72 +23,72 @@ def photos():
 
 def test_colours_are_read_off_renders(photos):
     x = photos['images'].float()/255
-    shirt, background = A.read_colours(x)
+    shirt, background = S.read_colours(x)
     plain = photos['scenes']['scene'] == 0
     assert (shirt == photos['scenes']['shirt']).float().mean() > .97 and (background == photos['scenes']['background'])[plain].float().mean() > .97
 
 def test_questions_say_what_they_ask():
-    texts, wanted = A.questions(64, 1)
+    texts, wanted = S.questions(64, 1)
     colours = list(drawn.COLOURS)
     for k, t in enumerate(texts):
         assert f"{colours[wanted['shirt'][k]]} shirt" in t and f"{colours[wanted['background'][k]]} background" in t and drawn.EXPRESSIONS[wanted['expression'][k]] in t and ('glasses' in t) == bool(wanted['glasses'][k])
-    assert texts == A.questions(64, 1)[0] != A.questions(64, 2)[0] and wanted['glasses'].float().mean() == .25
+    assert texts == S.questions(64, 1)[0] != S.questions(64, 2)[0] and wanted['glasses'].float().mean() == .25
     assert all((wanted['glasses'][wanted['expression'] == m]).float().mean() == .25 for m in range(4))   # glasses go with no mood
 
 def test_prompts_are_in_the_vocabulary():
     known = set(drawn.vocabulary())
-    assert all(w.strip(',') in known for t in A.questions(40)[0] for w in t.split())
+    assert all(w.strip(',') in known for t in S.questions(40)[0] for w in t.split())
 
 @given(st.integers(1, 200), st.data())
 def test_wilson_lies_within_bounds(n, data):
     k = data.draw(st.integers(0, n))
-    p, low, high = A.share_interval(torch.tensor([1]*k + [0]*(n - k)))
+    p, low, high = share_interval(torch.tensor([1]*k + [0]*(n - k)))
     assert p == pytest.approx(k/n) and 0 <= low <= p + 1e-9 and p - 1e-9 <= high <= 1 and high - low > 0
     # its definition
     z = 1.96
     assert all(abs(abs(k/n - q) - z*math.sqrt(q*(1 - q)/n)) < 1e-6 for q in (low, high) if 0 < q < 1)
 
-def test_mean_interval_counts_people_not_pictures():
+def test_intervals_count_people_not_pictures():
     v = torch.randn(40, generator=torch.Generator().manual_seed(0))
-    m, h = A.mean_interval(v)
-    assert (m, h) == pytest.approx((float(v.mean()), 1.96*float(v.std())/40**.5), rel=1e-5) and A.mean_interval(v[:, None].expand(40, 9)) == pytest.approx((m, h), rel=1e-5)
+    m, h = V.over_people(v)
+    assert (m, h) == pytest.approx(mean_interval(v)[:2], rel=1e-5) and V.over_people(v[:, None].expand(40, 9)) == pytest.approx((m, h), rel=1e-5)
     w = v.clone()
     w[3] = float('nan')
-    assert A.mean_interval(w) == pytest.approx(A.mean_interval(v[torch.arange(40) != 3]), rel=1e-5)
+    assert V.over_people(w) == pytest.approx(V.over_people(v[torch.arange(40) != 3]), rel=1e-5)
 
 def test_likeness_knows_its_own():
     e = F.normalize(torch.randn(20, 512, generator=torch.Generator().manual_seed(0)), dim=1)
-    genuine, impostor, right = A.likeness(torch.stack([e, e.roll(1, 0)], 1), e)
+    genuine, impostor, right = V.likeness(torch.stack([e, e.roll(1, 0)], 1), e)
     assert torch.allclose(genuine[:, 0], torch.ones(20)) and right[:, 0].all() and not right[:, 1].any()
     assert torch.allclose(impostor[:, 0], ((e @ e.T).sum(1) - 1)/19, atol=1e-5)
     lost = e[:, None].clone()
     lost[4] = float('nan')
-    genuine, impostor, right = A.likeness(lost, e)
+    genuine, impostor, right = V.likeness(lost, e)
     assert genuine[4].isnan().all() and impostor[4].isnan().all() and int(right.sum()) == 19
 
 def test_rank_is_among_sixteen():
     # looks most like itself, next like somebody 20 places off
     e = torch.eye(40, 512)
     near = F.normalize(e + .9*e.roll(-20, 0) + .5*e.roll(20, 0), dim=1)[:, None]
-    assert A.likeness(near, e)[2].all()
+    assert V.likeness(near, e)[2].all()
     off = F.normalize(.5*e + e.roll(-20, 0), dim=1)[:, None]
-    assert A.likeness(off, e)[2].all() and not A.likeness(off, e, among=40)[2].any()
+    assert V.likeness(off, e)[2].all() and not V.likeness(off, e, among=40)[2].any()
 
 def test_evaluated_people_are_not_training_people():
-    assert A.HELD_OUT < drawn.TRAINING_SEEDS
-    a, b = A.photographs_of(3)
+    assert V.HELD_OUT < drawn.TRAINING_SEEDS
+    a, b = V.photographs_of(3)
     assert a[0].size == (256, 256) and b[0].size == (64, 64) and len(a) == len(b) == 3
-    assert np.array_equal(np.asarray(a[0]), np.asarray(A.photographs_of(3)[0][0]))
+    assert np.array_equal(np.asarray(a[0]), np.asarray(V.photographs_of(3)[0][0]))
 
 def test_reader_learns_and_is_saved(photos, tmp_path):
-    *_, last = A.train_reader(photos, steps=12, batch=16)
+    *_, last = S.train_reader(photos, steps=12, batch=16)
     reader = last['reader']
-    A.save_reader(reader, tmp_path/'r.safetensors')
-    again = A.load_reader(tmp_path/'r.safetensors')
+    S.save_reader(reader, tmp_path/'r.safetensors')
+    again = S.load_reader(tmp_path/'r.safetensors')
     x = photos['images'][:6].float()/255
-    a, b = A.read_scenes(x, reader), A.read_scenes(x, again)
+    a, b = S.read_scenes(x, reader), S.read_scenes(x, again)
     assert torch.allclose(a['yaw'], b['yaw'], atol=5e-3) and (tmp_path/'r.safetensors').stat().st_size < 1e6 and set(a) == {'shirt', 'background', 'expression', 'glasses', 'yaw'}
-    with pytest.raises(WeightsMissingError, match='adapters reader'): A.load_reader(tmp_path/'none')
+    with pytest.raises(WeightsMissingError, match='adapters reader'): S.load_reader(tmp_path/'none')
 
 def test_word_by_word_is_the_tokenizer(photos):
     from faceid_nb.tiny.base import new_tokenizer
@@ -159,9 +161,9 @@ def test_a_structure_reader_reads_latents(photos):
     z = torch.randn(n, 8, 16, 16, generator=g)*.3
     z[:, :2] += scores[::2, :, None, None]
     table = LatentTable(z, torch.zeros(1, n, 5), torch.randn(2*n, 512, generator=g), torch.arange(n).repeat_interleave(2), rows=torch.arange(0, 2*n, 2), scores=scores, held=100)
-    *_, last = A.train_structure_reader(table, steps=60, batch=32, log_every=30)
+    *_, last = L.train_structure_reader(table, steps=60, batch=32, log_every=30)
     assert last['clear'] > .8 and last['vague'] > .6 and not any(p.requires_grad for p in last['reader'].parameters()) and last['reader_step'] == 60
-    assert A.correlation(last['reader'](z)[:, 0].detach(), scores[::2, 0])[0] > .8 and not torch.equal(A.vague(z, g), z)
+    assert S.correlation(last['reader'](z)[:, 0].detach(), scores[::2, 0])[0] > .8 and not torch.equal(L.vague(z, g), z)
 
 def test_structure_loss_by_command(photos, tmp_path):
     import goldens_build as gold
@@ -207,23 +209,23 @@ def judged(tmp_path_factory):
     from helpers_face import make_judge
     file = tmp_path_factory.mktemp('judge')/'rec.onnx'
     make_judge(file)
-    return A.Judge(Stub(), file)
+    return V.TinyJudge(Stub(), file)
 
 def test_evaluation_on_random_weights(judged):
     from faceid_nb.adapter import FaceIDAdapter
     from faceid_nb.faceid import FaceID
     pipe = P.pipeline()
     f = FaceID(pipe, FaceIDAdapter.from_state(**P.adapter_state(pipe.unet)), judged.reader)
-    table, pictures = A.evaluate(f, judged, A.SceneReader().eval(), people=3, each=2, scales=(0., 1.), num_inference_steps=2)
+    table, pictures = V.evaluate(f, judged, S.SceneReader().eval(), people=3, each=2, scales=(0., 1.), num_inference_steps=2)
     assert [r['scale'] for r in table['rows']] == [0., 1.] and len(pictures['made'][1.]) == 6
-    text = A.show_table(json.loads(json.dumps(table)))
+    text = V.show_table(json.loads(json.dumps(table)))
     assert text.count('\n') == 4 and 'rank-1 of 16' in text
-    assert A.scale_sheet(pictures, 2).size == (3*64, 3*64 + 16)
-    row, images = A.evaluate_base(pipe, A.SceneReader().eval(), judged, n=4, num_inference_steps=2)
-    assert len(images) == 4 and set(drawn.EXPRESSIONS) <= set(row) and 'found' in A.show_base(row)
+    assert V.scale_sheet(pictures, 2).size == (3*64, 3*64 + 16)
+    row, images = V.evaluate_base(pipe, S.SceneReader().eval(), judged, n=4, num_inference_steps=2)
+    assert len(images) == 4 and set(drawn.EXPRESSIONS) <= set(row) and 'found' in V.show_base(row)
 
 def test_judge_gives_nan_without_a_face(judged):
-    e = judged([Image.new('RGB', (64, 64), (10, 200, 10)), *A.photographs_of(2)[0]])
+    e = judged([Image.new('RGB', (64, 64), (10, 200, 10)), *V.photographs_of(2)[0]])
     assert e.shape == (3, 512)
     assert e[0].isnan().all() and torch.allclose(e[1:].norm(dim=1), torch.ones(2), atol=1e-5) and not torch.allclose(e[1], e[2])
 
@@ -231,9 +233,7 @@ def test_a_probe_looks_with_the_averaged_weights(photos, judged, tmp_path):
     from faceid_nb.train import train
     parts(tmp_path, photos)
     pipe = P.pipeline()
-    probe = A.Probe.__new__(A.Probe)
-    references, _ = A.photographs_of(2)
-    probe.judge, probe.faces, probe.known, probe.texts, probe.seed, probe.ceiling, probe.how = judged, [judged.reader.best(r) for r in references], judged(references), ['a', 'b'], 0, 1., dict(num_inference_steps=1)
+    probe = V.Probe(None, people=2, steps=1, judge=judged)
     for f in train(pipe, A.training_table(tmp_path, pipe.tokenizer, held=2), steps=1, batch=4, rank=4, gauge=0, mixed_precision='no', watch=probe): pass
     assert {'gap', 'rank1', 'found'} <= set(f) and f['found'] == 1 and not pipe.unet._forward_pre_hooks
 
@@ -266,7 +266,7 @@ def test_correlation_is_pearsons_with_fishers_interval(n, r, seed):
     a = g.normal(size=n)
     b = r*a + (1 - r*r)**.5*g.normal(size=n)
     b[0] = np.nan
-    got, low, high = A.correlation(a, b)
+    got, low, high = S.correlation(a, b)
     assert got == pytest.approx(np.corrcoef(a[1:], b[1:])[0, 1], abs=1e-9) and low < got < high
     assert math.atanh(high) - math.atanh(low) == pytest.approx(2*1.96/math.sqrt(n - 4), rel=1e-6)
 
@@ -286,19 +286,19 @@ def tiny():
     from faceid_nb.models import TINY, load
     faceid = load('tiny-plusv2', device='cpu')
     faceid.pipe.set_progress_bar_config(disable=True)
-    return faceid, A.Judge(faceid.reader, TINY/'models'/'judge'/'rec.onnx'), A.load_reader(TINY/'reader.safetensors')
+    return faceid, V.TinyJudge(faceid.reader, TINY/'models'/'judge'/'rec.onnx'), S.load_reader(TINY/'reader.safetensors')
 
 def test_structure_is_evaluated(tiny):
-    table, pictures = A.evaluate_structure(*tiny, people=4, each=1, s_scales=(0., 1.5), num_inference_steps=8)
+    table, pictures = V.evaluate_structure(*tiny, people=4, each=1, s_scales=(0., 1.5), num_inference_steps=8)
     assert [r['s_scale'] for r in table['rows']] == [0., 1.5] and {k: len(v) for k, v in pictures['made'].items()} == {0.: 4, 1.5: 4}
     assert all(0 < r['distance'][0] < .5 and -1 <= r['yaw'][1] <= r['yaw'][0] <= r['yaw'][2] <= 1 for r in table['rows'])
     assert np.abs(np.array(pictures['made'][0.][0], float) - np.array(pictures['made'][1.5][0], float)).mean() > 1
-    text = A.show_structure(table)
+    text = V.show_structure(table)
     assert len(text.splitlines()) == 4 and f"{table['rows'][1]['mood'][0]:.2f} [" in text
     json.dumps(table)
 
 def test_photographs_are_counted(tiny):
-    table, pictures = A.evaluate_photos(*tiny, people=3, each=1, counts=(1, 3), num_inference_steps=6)
+    table, pictures = V.evaluate_photos(*tiny, people=3, each=1, counts=(1, 3), num_inference_steps=6)
     assert [r['photos'] for r in table['rows']] == [1, 3] and table['rows'][0]['gain'][0] == 0 and len(table['rows'][1]['person']) == 3
     assert table['rows'][1]['gain'][0] == pytest.approx(np.nanmean(np.subtract(table['rows'][1]['person'], table['rows'][0]['person'])), abs=1e-6)
-    A.show_photos(table)
+    V.show_photos(table)

@@ -1,4 +1,5 @@
-"Every variant under its official name, from a folder: the original's numbers through `load` and `FaceID.generate`, and what does not fit refused."
+"""Every variant under its official name, from a folder: the original's numbers through `load` and
+`FaceID.generate`, and what does not fit refused."""
 import shutil
 import pytest, torch
 import goldens_build as gold
@@ -6,8 +7,10 @@ from faceid_nb import models as M
 from faceid_nb.errors import ArgumentError, BaseModelError, VariantError, WeightsMissingError
 from faceid_nb.encoder import StructureEncoder
 
-NAMES = {'faceid_scale1.0': 'sd15-faceid', 'faceid_scale0.6': 'sd15-faceid', 'faceid_scale0.0': 'sd15-faceid', 'faceid_pair': 'sd15-faceid', 'faceid_separate_lora': 'sd15-faceid-lora', 'plus': 'sd15-plus',
-         **{f'plusv2_s{s}': 'sd15-plusv2' for s in ('0.0', '0.5', '1.0', '1.5')}, 'sdxl': 'sdxl-faceid', 'plusv2_sdxl_s0.3': 'sdxl-plusv2', 'plusv2_sdxl_s1.0': 'sdxl-plusv2', 'portrait': 'sd15-portrait'}
+NAMES = {'faceid_scale1.0': 'sd15-faceid', 'faceid_scale0.6': 'sd15-faceid', 'faceid_scale0.0': 'sd15-faceid',
+         'faceid_pair': 'sd15-faceid', 'faceid_separate_lora': 'sd15-faceid-lora', 'plus': 'sd15-plus',
+         **{f'plusv2_s{s}': 'sd15-plusv2' for s in ('0.0', '0.5', '1.0', '1.5')}, 'sdxl': 'sdxl-faceid',
+         'plusv2_sdxl_s0.3': 'sdxl-plusv2', 'plusv2_sdxl_s1.0': 'sdxl-plusv2', 'portrait': 'sd15-portrait'}
 
 
 @pytest.fixture(scope='module')
@@ -28,7 +31,9 @@ def no_pack(monkeypatch):
     monkeypatch.setattr(M, '_told', set())
 
 
-def load(name, folder, pipe=None): return M.load(name, folder=folder, device='cpu', base=pipe or gold.pipeline('sdxl' if 'sdxl' in name else 'sd'), download=False)
+def load(name, folder, pipe=None):
+    return M.load(name, folder=folder, device='cpu',
+                  base=pipe or gold.pipeline('sdxl' if 'sdxl' in name else 'sd'), download=False)
 
 
 @pytest.mark.parametrize('case', NAMES)
@@ -43,7 +48,8 @@ def test_the_originals_numbers(folder, case):
     faces = [list(e) for e in embeds] if embeds.ndim == 3 else embeds
     if face_image is not None: call['structure'] = me.encoder([face_image])
     call.pop('shortcut', None)
-    got = torch.stack([torch.as_tensor(x) for x in me.generate(faces, call.pop('prompt'), num_samples=n, seed=0, latents=noise, **call)])
+    got = torch.stack([torch.as_tensor(x) for x in me.generate(faces, call.pop('prompt'), num_samples=n,
+                                                               seed=0, latents=noise, **call)])
     assert got.shape == want.shape and (got - want).abs().max() < gold.TOLERANCE
 
 
@@ -55,7 +61,9 @@ def test_a_row_reads_its_own_structure(folder):
     embeds, face = gold.inputs('plusv2_s1.0')
     two = me.encoder([face, face.rotate(180)])
     how = dict(num_samples=1, num_inference_steps=1, width=16, height=16, output_type='latent', seed=0)
-    make = lambda **kw: torch.stack([torch.as_tensor(x) for x in me.generate(torch.cat([embeds, embeds]), 'a man', **how, **kw)])
+    def make(**kw):
+        return torch.stack([torch.as_tensor(x) for x in me.generate(torch.cat([embeds, embeds]), 'a man',
+                                                                    **how, **kw)])
     both = make(structure=two)
     assert (both[0] - both[1]).abs().max() > 1e-3
     assert (make(structure=two[:1])[1] - both[0]).abs().max() < 1e-4
@@ -76,30 +84,40 @@ def test_the_structure_comes_with_the_face(folder):
     embedding = gold.inputs('plus')[0][0].numpy()
     face = Face(embedding=embedding, landmarks=ARCFACE_TEMPLATE*2, image=np.asarray(image))
     how = dict(num_samples=1, num_inference_steps=1, width=16, height=16, output_type='latent', seed=0)
-    a, b = (torch.as_tensor(me.generate(f, 'a', **how, **kw)[0]) for f, kw in ((face, {}), (torch.as_tensor(embedding), dict(structure=me.encoder([face.crop(224)])))))
+    a, b = (torch.as_tensor(me.generate(f, 'a', **how, **kw)[0])
+            for f, kw in ((face, {}), (torch.as_tensor(embedding),
+                                       dict(structure=me.encoder([face.crop(224)])))))
     assert (a - b).abs().max() < 1e-5
-    with pytest.raises(ArgumentError, match='no picture to read'): me.generate(torch.as_tensor(embedding), 'a', **how)
-    with pytest.raises(ArgumentError, match='3 structures for 1'): me.generate(face, 'a', structure=me.encoder([image]*3), **how)
+    with pytest.raises(ArgumentError, match='no picture to read'):
+        me.generate(torch.as_tensor(embedding), 'a', **how)
+    with pytest.raises(ArgumentError, match='3 structures for 1'):
+        me.generate(face, 'a', structure=me.encoder([image]*3), **how)
     me.encoder = None
     with pytest.raises(ArgumentError, match='no image encoder'): me.generate(face, 'a', **how)
 
 
 def test_structure_is_refused_where_there_is_none(folder):
-    with pytest.raises(ArgumentError, match='embedding only'): load('sd15-faceid', folder).generate(gold.inputs('plus')[0], 'a', structure=torch.zeros(1, 17, 96))
+    with pytest.raises(ArgumentError, match='embedding only'):
+        load('sd15-faceid', folder).generate(gold.inputs('plus')[0], 'a', structure=torch.zeros(1, 17, 96))
 
 
-@pytest.mark.parametrize('name, kind', [('sd15-faceid', 'sdxl'), ('sd15-plusv2', 'sdxl'), ('sdxl-faceid', 'sd'), ('sdxl-plusv2', 'sd')])
+@pytest.mark.parametrize('name, kind', [('sd15-faceid', 'sdxl'), ('sd15-plusv2', 'sdxl'),
+                                        ('sdxl-faceid', 'sd'), ('sdxl-plusv2', 'sd')])
 def test_a_checkpoint_for_the_other_base_is_refused(folder, name, kind):
     pipe = gold.pipeline(kind)
-    processors, before = dict(pipe.unet.attn_processors), {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    processors, before = dict(pipe.unet.attn_processors), {k: v.clone()
+                                                           for k, v in pipe.unet.state_dict().items()}
     with pytest.raises(BaseModelError): load(name, folder, pipe)
-    assert pipe.unet.attn_processors == processors and all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
+    assert pipe.unet.attn_processors == processors
+    assert all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
 
 
 def test_an_encoder_of_another_width_is_refused(folder, tmp_path):
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
     shutil.copy(folder/'ip-adapter-faceid-plus_sd15.bin', tmp_path)
-    CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=28)).save_pretrained(tmp_path/'image_encoder')
+    CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+                                                   num_attention_heads=2, image_size=56,
+                                                   patch_size=28)).save_pretrained(tmp_path/'image_encoder')
     with pytest.raises(BaseModelError, match='64 wide.*96 wide'): load('sd15-plus', tmp_path)
     (tmp_path/'image_encoder'/'config.json').write_text('{}')
     (tmp_path/'image_encoder'/'model.safetensors').write_bytes(b'<html>')
@@ -117,7 +135,8 @@ def test_a_plus_file_under_the_other_name_is_refused(folder, tmp_path):
 def test_a_folder_says_itself_which_base_it_is(tmp_path, kind):
     gold.pipeline(kind).save_pretrained(tmp_path)
     assert M.is_sdxl(tmp_path) is (kind == 'sdxl')
-    for sdxl in (False, True): assert ('XL' in type(M.load_pipeline(tmp_path, sdxl=sdxl)).__name__) is (kind == 'sdxl')
+    for sdxl in (False, True):
+        assert ('XL' in type(M.load_pipeline(tmp_path, sdxl=sdxl)).__name__) is (kind == 'sdxl')
 
 
 def test_pixels_are_what_clip_asks_for():
@@ -145,7 +164,10 @@ KINDS = ['faceid', 'plus', 'plusv2', 'portrait', 'unnormalised']
 def raw_projection(d, seed, tokens=16, dim=64):
     "The projection of ip-adapter-faceid-portrait_sdxl_unnorm.bin: its names, smaller; heads are 64 wide."
     from faceid_nb.projection import FacePerceiverResampler
-    return gold.fill_({'latents': torch.zeros(1, tokens, dim), **{k: torch.zeros_like(v) for k, v in FacePerceiverResampler(dim, 4, 64, dim//64, 512, d).state_dict().items()}}, seed)
+    return gold.fill_({'latents': torch.zeros(1, tokens, dim),
+                       **{k: torch.zeros_like(v)
+                          for k, v in FacePerceiverResampler(dim, 4, 64, dim//64, 512,
+                                                             d).state_dict().items()}}, seed)
 
 
 def random_case(kind, base, seed):
@@ -153,13 +175,17 @@ def random_case(kind, base, seed):
     from diffusers import UNet2DConditionModel
     from faceid_nb.adapter import FaceIDAdapter
     r = torch.Generator().manual_seed(seed)
-    pick = lambda *xs: xs[int(torch.randint(len(xs), (), generator=r))]
-    unet = gold.fill_(UNet2DConditionModel(**{**gold.SPEC['configs'][f'unet_{base}'], 'layers_per_block': pick(1, 2), 'block_out_channels': pick((16, 32), (32, 64))}), seed).eval()
+    def pick(*xs): return xs[int(torch.randint(len(xs), (), generator=r))]
+    unet = gold.fill_(UNet2DConditionModel(**{**gold.SPEC['configs'][f'unet_{base}'],
+                                              'layers_per_block': pick(1, 2),
+                                              'block_out_channels': pick((16, 32), (32, 64))}), seed).eval()
     variant = 'portrait' if kind == 'unnormalised' else kind
     tokens = pick(8, 16) if variant == 'portrait' else 4
     a = FaceIDAdapter.new(unet, variant, tokens, 0, seed, clip_embeddings_dim=pick(48, 96))
     gold.fill_(a.net, 20 + seed)
-    if kind == 'unnormalised': a = FaceIDAdapter.from_state(raw_projection(unet.config.cross_attention_dim, seed, tokens, pick(64, 128)), a.state_dict()['ip_adapter'])
+    if kind == 'unnormalised':
+        a = FaceIDAdapter.from_state(raw_projection(unet.config.cross_attention_dim, seed, tokens,
+                                                    pick(64, 128)), a.state_dict()['ip_adapter'])
     return unet, a, pick
 
 
@@ -168,26 +194,34 @@ def differ(kind, base, seed):
     import copy
     unet, a, pick = random_case(kind, base, seed)
     g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(shape, generator=g)
-    B, k, cfg, L, scale = pick(1, 2, 3), pick(1, 2, 3, 5, 7) if a.variant == 'portrait' else 1, pick(True, False), pick(5, 17), pick(.4, 1., 1.6)
+    def draw(*shape): return torch.randn(shape, generator=g)
+    B, k, cfg, L, scale = (pick(1, 2, 3), pick(1, 2, 3, 5, 7) if a.variant == 'portrait' else 1,
+                           pick(True, False), pick(5, 17), pick(.4, 1., 1.6))
     e = draw(B, k, 512)*(1 if a.raw else 512**-.5)
-    clip, none, s = draw(B, L, a.structure_width or 1), draw(1, L, a.structure_width or 1), 2*torch.rand(B, generator=g)
+    clip, none, s = (draw(B, L, a.structure_width or 1), draw(1, L, a.structure_width or 1),
+                     2*torch.rand(B, generator=g))
     x, text, t, parts = draw(B, 4, 8, 8), draw(2*B, 7, unet.config.cross_attention_dim), 500, 1 + cfg
     rows = parts*B
     more = dict(text_embeds=draw(rows, 64), time_ids=draw(rows, 6)) if base == 'sdxl' else {}
     seen = dict(structure=clip, negative_structure=none, s_scale=s) if a.structure_width else {}
-    run = lambda net, **kw: net(x.repeat(parts, 1, 1, 1), t, encoder_hidden_states=text[:rows], added_cond_kwargs={**more, **kw}).sample
+    def run(net, **kw):
+        return net(x.repeat(parts, 1, 1, 1), t, encoder_hidden_states=text[:rows],
+                   added_cond_kwargs={**more, **kw}).sample
     theirs = copy.deepcopy(unet)
     theirs._load_ip_adapter_weights([a.state_dict()], low_cpu_mem_usage=False)
     for p in theirs.attn_processors.values():
         if hasattr(p, 'scale'): p.scale = [scale]
     both = torch.cat([torch.zeros_like(e), e])[-rows:]
     proj = theirs.encoder_hid_proj.image_projection_layers[0]
-    if a.structure_width: proj.shortcut, proj.shortcut_scale, proj.clip_embeds = kind == 'plusv2', s.repeat(parts)[:, None, None], torch.cat([none.expand(B, -1, -1), clip])[-rows:, None]
+    if a.structure_width:
+        proj.shortcut, proj.shortcut_scale, proj.clip_embeds = kind == 'plusv2', s.repeat(
+            parts)[:, None, None], torch.cat([none.expand(B, -1, -1), clip])[-rows:, None]
     a.attach(unet)
     with torch.no_grad():
-        with a.condition(e if a.variant == 'portrait' else e[:, 0], scale=scale, guidance=parts, **seen): ours = run(unet)
-        return (ours - run(theirs, image_embeds=[both[:, :, None] if a.raw else both])).abs().max().item(), (ours - run(unet)).abs().max().item()
+        with a.condition(e if a.variant == 'portrait' else e[:, 0], scale=scale, guidance=parts, **seen):
+            ours = run(unet)
+        return ((ours - run(theirs, image_embeds=[both[:, :, None] if a.raw else both])).abs().max().item(),
+                (ours - run(unet)).abs().max().item())
 
 
 @pytest.mark.parametrize('seed', range(3))
@@ -203,7 +237,8 @@ def test_rows_as_diffusers_computes_them(kind, base, seed):
 def unnormalised(tmp_path_factory):
     f = tmp_path_factory.mktemp('unnorm')/'ip-adapter-faceid-portrait_sdxl_unnorm.bin'
     c = gold.state('ip-adapter-faceid_sdxl.bin')
-    torch.save({'image_proj': raw_projection(128, 7), 'ip_adapter': {k: v for k, v in c['ip_adapter'].items() if '_ip.' in k}}, f)
+    torch.save({'image_proj': raw_projection(128, 7),
+                'ip_adapter': {k: v for k, v in c['ip_adapter'].items() if '_ip.' in k}}, f)
     return f
 
 
@@ -221,13 +256,16 @@ def test_unnormalised_reads_the_raw_embedding(unnormalised):
     assert (a.variant, a.raw, a.num_tokens) == ('portrait', True, 16)
     me = FaceID(pipe, a)
     how = dict(num_samples=1, num_inference_steps=1, width=16, height=16, output_type='latent', seed=0)
-    make = lambda *faces: torch.as_tensor(me.generate([list(faces)], 'a', **how)[0])
+    def make(*faces): return torch.as_tensor(me.generate([list(faces)], 'a', **how)[0])
     two = make(person(1), person(2))
     raws = [torch.as_tensor(person(i).raw_embedding) for i in (1, 2)]
-    assert torch.equal(two, make(*raws)) and (two - make(*(r/4 for r in raws))).abs().max() > 1e-3 and (two - make(person(1))).abs().max() > 1e-3
+    assert torch.equal(two, make(*raws))
+    assert (two - make(*(r/4 for r in raws))).abs().max() > 1e-3
+    assert (two - make(person(1))).abs().max() > 1e-3
     with pytest.raises(ArgumentError, match='came without|only has the unit'): make(person(1, None))
     with pytest.raises(ArgumentError, match='length 1'): make(torch.as_tensor(person(1).embedding))
-    with pytest.raises(ArgumentError, match='length 1'): a.condition([person(1)], negative=torch.as_tensor(person(2).embedding))
+    with pytest.raises(ArgumentError, match='length 1'):
+        a.condition([person(1)], negative=torch.as_tensor(person(2).embedding))
     with pytest.raises(BaseModelError): FaceIDAdapter.from_file(unnormalised).attach(gold.pipeline('sd'))
 
 
@@ -235,11 +273,16 @@ def test_unnormalised_reads_the_raw_embedding(unnormalised):
 def test_unnormalised_is_saved_as_it_came(unnormalised, tmp_path, suffix):
     from faceid_nb.adapter import FaceIDAdapter
     from faceid_nb.checkpoint import read_checkpoint
-    was, now = read_checkpoint(unnormalised), read_checkpoint(FaceIDAdapter.from_file(unnormalised).save(tmp_path/f'mine{suffix}'))
-    assert now.raw and now.variant == 'portrait' and all(torch.equal(t, getattr(was, part)[k]) for part in ('image_proj', 'ip_adapter') for k, t in getattr(now, part).items())
+    was, now = (read_checkpoint(unnormalised),
+                read_checkpoint(FaceIDAdapter.from_file(unnormalised).save(tmp_path/f'mine{suffix}')))
+    assert now.raw
+    assert now.variant == 'portrait'
+    assert all(torch.equal(t, getattr(was, part)[k]) for part in ('image_proj', 'ip_adapter')
+               for k, t in getattr(now, part).items())
 
 
-@pytest.mark.parametrize('name', ['ip-adapter-faceid-portrait-v11_sd15.bin', 'ip-adapter-faceid-portrait_sd15.safetensors'])
+@pytest.mark.parametrize('name', ['ip-adapter-faceid-portrait-v11_sd15.bin',
+                                  'ip-adapter-faceid-portrait_sd15.safetensors'])
 def test_portrait_v11_is_laid_out_as_the_first(name, tmp_path):
     from safetensors.torch import save_file
     from faceid_nb.adapter import FaceIDAdapter
@@ -255,10 +298,14 @@ def test_portrait_v11_is_laid_out_as_the_first(name, tmp_path):
 def test_facts_of_both_families():
     from faceid_nb.attention import base_facts
     sd, xl = base_facts(gold.pipeline('sd')), base_facts(gold.pipeline('sdxl'))
-    assert (sd['text encoders'], xl['text encoders']) == (1, 2) and sd['also told to the UNet'] == 'nothing' and xl['also told to the UNet'] == 'text_time'
+    assert (sd['text encoders'], xl['text encoders']) == (1, 2)
+    assert sd['also told to the UNet'] == 'nothing'
+    assert xl['also told to the UNet'] == 'text_time'
     for f, pipe in ((sd, gold.pipeline('sd')), (xl, gold.pipeline('sdxl'))):
         names = [n for n, _ in pipe.unet.named_modules() if n.endswith(('attn1', 'attn2'))]
-        assert f['attention layers'] == len(names) and f['of which read words'] == sum(n.endswith('attn2') for n in names) and f['width of a word'] == pipe.unet.config.cross_attention_dim
+        assert f['attention layers'] == len(names)
+        assert f['of which read words'] == sum(n.endswith('attn2') for n in names)
+        assert f['width of a word'] == pipe.unet.config.cross_attention_dim
         assert abs(f['parameters (million)'] - sum(p.numel() for p in pipe.unet.parameters())/1e6) <= .05
 
 
