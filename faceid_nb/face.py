@@ -31,7 +31,7 @@ from .files import atomic
 from .images import read_image
 from .packs import PACKS, check_pack, download_pack, pack_missing
 
-# %% ../nbs/method/02_face.ipynb #f43f8c83
+# %% ../nbs/method/02_face.ipynb #65d1aee1
 def check_one_pack(faces):
     "Raise ArgumentError for faces of different packs."
     packs = sorted({f.pack for f in faces})
@@ -90,7 +90,7 @@ class Face:
     def __repr__(self): return describe(self)
     def _repr_jpeg_(self): return None if self.image is None else self.crop(112)._repr_jpeg_()
 
-# %% ../nbs/method/02_face.ipynb #3b48f047
+# %% ../nbs/method/02_face.ipynb #ee7664ca
 def check_weights(faces, weights) -> np.ndarray:  # float64 (n,), their sum is 1
     "Weights of a mean; None is equal ones. Raises ArgumentError."
     if not faces:
@@ -124,7 +124,7 @@ def mean_face(
     return replace(faces[int(w.argmax())], embedding=(mean/norm).astype(np.float32),
                    raw_embedding=mean_raw(faces, w), sources=tuple(faces))
 
-# %% ../nbs/method/02_face.ipynb #5b05c23b
+# %% ../nbs/method/02_face.ipynb #b4d1709b
 def agreement(
     faces,  # n >= 2 photographs of one person, as `Face`s or embeddings (n, 512)
 ) -> np.ndarray:  # (n,)
@@ -164,7 +164,7 @@ def save_face(
     with atomic(path) as part: part.write_bytes(save(tensors, metadata=about))
     return Path(path)
 
-# %% ../nbs/method/02_face.ipynb #7af0a6d1
+# %% ../nbs/method/02_face.ipynb #2d05b5bd
 def read_tensors(path):
     "(what a safetensors file says of itself, its tensors). Raises CheckpointError."
     if not Path(path).is_file():
@@ -195,7 +195,7 @@ def load_face(
     return Face(t['embedding'], t.get('landmarks'), box, float(about.get('score', 'nan')),
                 about.get('pack', ''), t.get('crop'), t.get('raw_embedding'))
 
-# %% ../nbs/method/02_face.ipynb #b4c642d9
+# %% ../nbs/method/02_face.ipynb #3381c4d3
 def find_providers(wanted):
     "'cpu', 'cuda', a list of ONNX Runtime providers, or None for insightface's own choice -> list."
     from insightface.model_zoo.onnxruntime_utils import get_default_providers  # heavy
@@ -216,7 +216,7 @@ def check_provider(wanted, session):
             'pip install --force-reinstall --no-deps onnxruntime-gpu', stacklevel=3)
     return used[0]
 
-# %% ../nbs/method/02_face.ipynb #033a2518
+# %% ../nbs/method/02_face.ipynb #80be9f67
 @contextlib.contextmanager
 def quietly():
     "insightface prints while loading; warnings still come through."
@@ -241,7 +241,7 @@ def load_recogniser(path, providers):
     raise pack_missing(path.name, path, 'the file is not a face recogniser',
                        'Name a recogniser: one square picture in, one vector out')
 
-# %% ../nbs/method/02_face.ipynb #e996f681
+# %% ../nbs/method/02_face.ipynb #97e89637
 def align_faces(images, landmarks, size):
     "Aligned crops of `size` pixels; without landmarks the pictures are crops already."
     if landmarks is None: return [np.asarray(i) for i in images]
@@ -302,7 +302,7 @@ def load_pack(folder, name, providers, threshold):
     with quietly(): app.prepare(ctx_id=0, det_thresh=threshold)
     return app.models['detection'], app.models['recognition']
 
-# %% ../nbs/method/02_face.ipynb #49aca56e
+# %% ../nbs/method/02_face.ipynb #f37ab7c2
 def add_frame(image, share=.5):
     "A copy with a black frame as wide as `share` of the long side, and the width of the frame."
     p = max(1, round(max(image.shape[:2])*share))
@@ -321,7 +321,7 @@ def sizes_for(image, sizes):
     "The rungs for a picture: an input larger than the likeliest one helps larger pictures only."
     return [s for s in sizes if s <= sizes[0] or max(image.shape[:2]) > sizes[0]]
 
-# %% ../nbs/method/02_face.ipynb #17465b32
+# %% ../nbs/method/02_face.ipynb #d28f8634
 def look(
     model,    # insightface's detector
     picture,  # uint8 (H, W, 3) RGB
@@ -338,7 +338,7 @@ def look(
     return boxes[order], points[order]
 
 def look_again(model, image, boxes, size):
-    "A look through a frame where the first was unsure or saw a large face; None: believe the first."
+    "A look through a frame where the first is unsure or large; None: the first is believed."
     side, sure = max(image.shape[:2]), boxes[:, 4].max()
     if long_side(boxes[0]) < .45*side and sure >= .8: return None
     framed, offset = add_frame(image, .25)
@@ -372,7 +372,7 @@ class Detector:
             return (*closer, f'{name}, close-up') if closer else (boxes, points, name)
         return *nobody(), ''
 
-# %% ../nbs/method/02_face.ipynb #47aa28b5
+# %% ../nbs/method/02_face.ipynb #32ba0d06
 def from_middle(face): return np.hypot(*(face.centre - np.array(face.image.shape[1::-1])/2))
 
 CHOICES = dict(  # the face with the least of it is meant
@@ -407,7 +407,7 @@ def choose_face(
     if which == 'only': return faces[0]
     return min(faces, key=CHOICES[which]) if isinstance(which, str) else faces[which]
 
-# %% ../nbs/method/02_face.ipynb #38c1fbc2
+# %% ../nbs/method/02_face.ipynb #ff3347cc
 def embed_detections(embedder, images, detections):
     "Embeddings of all faces of all pictures: raw and unit, float32 (n, 512), in their order."
     where, points = [], []
@@ -427,7 +427,7 @@ def faces_of(image, detection, pack, embeddings):
         faces.append(Face(unit, points, box[:4], float(box[4]), pack, image, raw, len(boxes), rung))
     return faces
 
-# %% ../nbs/method/02_face.ipynb #f4b7b644
+# %% ../nbs/method/02_face.ipynb #27b79386
 def describe_reader(reader) -> str:
     "A `FaceReader` in one line: where each of its networks really runs."
     on = reader.providers
@@ -445,7 +445,7 @@ def no_face_error(reader, source, image) -> NoFaceError:
     do = f'Use a sharp picture with one face upright and uncovered. {other}'
     return NoFaceError(f'No face was found in {what}', found, do)
 
-# %% ../nbs/method/02_face.ipynb #14eda299
+# %% ../nbs/method/02_face.ipynb #0fadbb0a
 def read_faces(reader, images) -> list:
     "All faces of many pictures, see `FaceReader.read_batch`."
     images = [read_image(i) for i in images]
@@ -519,7 +519,7 @@ def draw_faces(
     for i, face in enumerate(faces): draw_face(pen, face, str(i), width, max(10, picture.height/16))
     return picture
 
-# %% ../nbs/method/02_face.ipynb #d69f79c6
+# %% ../nbs/method/02_face.ipynb #e7675c25
 from .packs import LICENCE, PACK_SUMS, pack_folder  # noqa: F401, until users moved
 
 _no_face, _missing = no_face_error, pack_missing

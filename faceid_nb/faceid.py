@@ -40,7 +40,7 @@ class Row:
     sample: int = 0       # which picture of that face
     structure: object = None  # Plus: CLIP states (L, c) of the crop
 
-# %% ../nbs/use/21_faceid.ipynb #82f4c69a
+# %% ../nbs/use/21_faceid.ipynb #83d65149
 def draw_seeds(seed, n, k):
     "A seed for each of n * k pictures: s, s + 1, ... for the samples of every face; None draws s."
     if seed is None: seed = int(torch.randint(2**31, ()))
@@ -50,7 +50,7 @@ def draw_seeds(seed, n, k):
     if all(0 <= s < 2**63 for s in seeds): return seeds
     raise ArgumentError('A seed must not be negative', f'It is {seed}', 'Give 0 or more')
 
-# %% ../nbs/use/21_faceid.ipynb #92ea3622
+# %% ../nbs/use/21_faceid.ipynb #542d5a73
 PROMPT = 'best quality, high quality'
 
 def check_prompts(prompt):
@@ -113,7 +113,7 @@ def clean_latents(
     noise, later = (1 - a).sqrt(), (1 - a_next).sqrt()
     return (later * before - noise * after) / (later * a.sqrt() - noise * a_next.sqrt())
 
-# %% ../nbs/use/21_faceid.ipynb #b8c26d8c
+# %% ../nbs/use/21_faceid.ipynb #6f415b2b
 @dataclass
 class Step:
     "What a generation has come to."
@@ -132,7 +132,7 @@ class Step:
         x = vae.decode(self.clean.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
         return self.pipe.image_processor.postprocess(x.float(), output_type='pil')
 
-# %% ../nbs/use/21_faceid.ipynb #08298e50
+# %% ../nbs/use/21_faceid.ipynb #6fcda6ec
 @dataclass
 class Batch:
     "Rows that are made in one run of the pipeline."
@@ -169,19 +169,14 @@ class Watch:
     @property
     def stopped(self): return self.stop is not None and self.stop.is_set()
 
-# %% ../nbs/use/21_faceid.ipynb #1a4fa467
+# %% ../nbs/use/21_faceid.ipynb #d7b06c6e
 KNOBS = ('start', 'end', 'layers', 'negative', 'record')       # of `FaceIDAdapter.condition`
 ROWWISE = ('image', 'mask_image', 'control_image', 'latents')  # may be lists with one entry a row
 
-def given_face(person, variant):
-    "A `Person` as the adapter takes it."
-    photographs = list(person.faces or person.vectors)
-    return photographs if variant == 'portrait' or len(photographs) > 1 else photographs[0]
-
-def identity_arguments(batch, variant, nobody):
+def identity_arguments(batch, nobody):
     "What `FaceIDAdapter.condition` is told about a batch."
     rows = batch.rows
-    told = dict(faces=[given_face(r.face, variant) for r in rows],
+    told = dict(faces=[r.face for r in rows],
                 scale=[r.scale for r in rows], s_scale=[r.s_scale for r in rows])
     if rows[0].structure is None: return told
     structure = torch.stack([r.structure for r in rows])
@@ -192,7 +187,7 @@ def own_part(batch, value, n):
     one_a_row = isinstance(value, (list, torch.Tensor)) and len(value) == n
     return value[batch.at:batch.at + len(batch.rows)] if one_a_row else value
 
-# %% ../nbs/use/21_faceid.ipynb #ff1c405d
+# %% ../nbs/use/21_faceid.ipynb #daa3a98e
 def pipeline_arguments(batch, n, callback, more):
     "What the pipeline is told about a batch of n rows in all."
     rows = batch.rows
@@ -220,7 +215,7 @@ def run_rows(
     for batch in split_rows(rows, int(batch_size or len(rows)), steps, images):
         watch = Watch(batch, stop, on_step, more.get('callback_on_step_end'))
         told = pipeline_arguments(batch, len(rows), watch, more)
-        identity = identity_arguments(batch, adapter.variant, nobody)
+        identity = identity_arguments(batch, nobody)
         with torch.no_grad(), adapter.condition(**identity, **knobs):
             made = list(pipe(num_inference_steps=steps, **told).images)
         if watch.stopped: return
@@ -306,7 +301,7 @@ def record(
         **plain, version=__version__)
     return image
 
-# %% ../nbs/use/21_faceid.ipynb #5fbdc76b
+# %% ../nbs/use/21_faceid.ipynb #3a3bd0a5
 @contextmanager
 def alone(faceid):
     "Inside, nobody else generates with this `FaceID`, and its adapter is attached."
@@ -336,7 +331,7 @@ def check_steps(steps):
     if steps >= 1: return
     raise ArgumentError('num_inference_steps must be 1 or more', f'{steps}')
 
-# %% ../nbs/use/21_faceid.ipynb #32885212
+# %% ../nbs/use/21_faceid.ipynb #72b28870
 def check_structure(faceid, structure):
     "Raise ArgumentError where a structure cannot be read, or was given to a variant that has none."
     variant = faceid.adapter.variant
@@ -364,7 +359,7 @@ def read_structure(faceid, rows, people, structure, which):
     for r in rows: r.structure = states[r.person % len(states)]
     return faceid.encoder.nobody()
 
-# %% ../nbs/use/21_faceid.ipynb #f4dd595f
+# %% ../nbs/use/21_faceid.ipynb #1b25c467
 def generate(self,
     face,                # photograph (path, PIL, array), Face, embeddings (n, 512), or a list;
                          # a list inside it is one person in several photographs
@@ -386,7 +381,7 @@ def generate(self,
     "Pictures, all samples of the first face, then of the second. Each has its record in `.info`."
     check_arguments(self.pipe, more)
     check_steps(num_inference_steps)
-    people = as_people(face, self.reader, which, self.adapter.net.image_proj.proj[0].in_features)
+    people = as_people(face, self.reader, which, self.adapter.embedding_dim)
     negative = self.negative_prompt if negative_prompt is None else negative_prompt
     rows = pair_rows(people, prompt, negative, num_samples, seed, scale, s_scale)
     nobody = read_structure(self, rows, people, structure, which)
@@ -421,7 +416,7 @@ class FaceID:
         if not there: self.adapter.attach(self.pipe)
     def __repr__(self): return describe(self)
 
-# %% ../nbs/use/21_faceid.ipynb #377fbdbb
+# %% ../nbs/use/21_faceid.ipynb #c9933b82
 def describe(faceid) -> str:
     "A `FaceID` in one line."
     pipe = faceid.pipe

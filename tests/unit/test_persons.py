@@ -130,7 +130,8 @@ def test_a_face_of_another_recogniser(source):
 
 
 def test_a_face_of_another_recogniser_where_only_the_picture_counts():
-    assert find(STRANGER, same_pack=False).pack == as_people([STRANGER], Reader(), same_pack=False)[0].pack == 'judge'
+    alone, among_people = find(STRANGER, same_pack=False), as_people([STRANGER], Reader(), same_pack=False)[0]
+    assert alone.pack == among_people.pack == 'judge'
 
 
 def test_without_a_reader_or_a_pack_nothing_is_known():
