@@ -11,16 +11,11 @@ import re
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
 from .errors import ArgumentError
 from .face import Face
 from .hub import TINY, choose_device, missing
 from .images import read_image
-from .models import MODELS
-from .tiny.people import COLOURS, EXPRESSIONS
-from .tiny.scenes import as_tensor, load_reader, read_scenes
 
 # %% ../nbs/use/24_adherence.ipynb #1c432f0f
 def as_list(images) -> list:
@@ -32,6 +27,7 @@ def as_list(images) -> list:
 # %% ../nbs/use/24_adherence.ipynb #c2b47698
 def wanted(prompt) -> dict:
     "What a prompt names that the tiny pack's reader knows: {'shirt': 3, ...}, as `read_scenes` numbers it."
+    from faceid_nb.tiny.people import COLOURS, EXPRESSIONS   # PyTorch
     text, colours = prompt.lower().replace('grey', 'gray'), list(COLOURS)
     named = dict(glasses=1) if re.search(r'\bglasses\b', text) else {}
     for part in ('shirt', 'background'):
@@ -48,12 +44,14 @@ class SceneScorer:
     wanted = staticmethod(wanted)
 
     def __init__(self, path=None):  # the reader's file; None: the tiny pack's
+        from faceid_nb.tiny.scenes import load_reader   # PyTorch
         self.reader = load_reader(path or TINY/'reader.safetensors')
 
     def __call__(self,
         prompts,  # n texts
         images,   # n RGB arrays
     ) -> np.ndarray:  # (n,) in 0..1; nan where a prompt names nothing that is known
+        from faceid_nb.tiny.scenes import as_tensor, read_scenes
         seen = read_scenes(as_tensor([Image.fromarray(i) for i in images]), self.reader)
         return np.array([self._share(prompt, seen, k) for k, prompt in enumerate(prompts)], np.float64)
 
@@ -64,7 +62,8 @@ class SceneScorer:
 # %% ../nbs/use/24_adherence.ipynb #c568c925
 def _unit_features(out):
     "A network's answer as unit rows in float32."
-    return F.normalize(getattr(out, 'pooler_output', out).float(), dim=1)   # transformers 5 wraps them
+    from torch.nn.functional import normalize
+    return normalize(getattr(out, 'pooler_output', out).float(), dim=1)   # transformers 5 wraps them
 
 class Clip:
     "CLIP's two networks: texts and pictures as unit vectors in one space."
@@ -106,18 +105,19 @@ class ClipScorer:
     ):
         self.clip = load_clip(path, device, dtype, cache_dir, download)
 
-    @torch.inference_mode()
     def __call__(self,
         prompts,  # n texts
         images,   # n RGB arrays
         batch_size=32,
     ) -> np.ndarray:  # (n,) in -1..1
-        once = list(dict.fromkeys(prompts))   # each text is read once
-        known = dict(zip(once, self.clip.texts(once)))
-        asked, scores = torch.stack([known[p] for p in prompts]), []
-        for k in range(0, len(images), batch_size):
-            part = slice(k, k + batch_size)
-            scores.append((self.clip.images(images[part])*asked[part]).sum(1).cpu())
+        import torch
+        once, scores = list(dict.fromkeys(prompts)), []   # each text is read once
+        with torch.inference_mode():
+            known = dict(zip(once, self.clip.texts(once)))
+            asked = torch.stack([known[p] for p in prompts])
+            for k in range(0, len(images), batch_size):
+                part = slice(k, k + batch_size)
+                scores.append((self.clip.images(images[part])*asked[part]).sum(1).cpu())
         return torch.cat(scores).numpy().astype(np.float64)
 
 # %% ../nbs/use/24_adherence.ipynb #a0bb7c5e
@@ -144,5 +144,6 @@ def find_scorer(
     model,  # a `FaceID`, or the name of one
 ) -> str:
     "What measures prompt adherence of a model's pictures: the tiny pack's reader of scenes, or CLIP."
+    from faceid_nb.models import MODELS   # PyTorch
     known = MODELS.get(model if isinstance(model, str) else model.name)
     return 'tiny' if known and known.repo is None else 'openai/clip-vit-large-patch14'

@@ -150,7 +150,7 @@ class Gauge:
 @dataclass(eq=False)
 class IdentityLoss:
     "1 - cosine between the estimated picture's face and the true one's, over rows with faint noise."
-    recogniser: Callable  # pictures (n,3,H,W) in -1..1, landmarks (n,5,2) in pixels -> (n,512), with gradients
+    recogniser: Callable  # pictures (n,3,H,W) in -1..1, landmarks (n,5,2) in pixels -> (n,512)
     vae: nn.Module        # decodes the estimates
     asked: NoiseLoss      # how the question was asked
     weight: float = .1    # beside the error of the noise

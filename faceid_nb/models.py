@@ -210,7 +210,8 @@ def _open_reader(pack, folder, device, download, providers):
     "The face reader of a model; its pack is fetched if need be."
     # imported late: a hub that was switched off after this module was loaded is off
     from huggingface_hub.constants import HF_HUB_OFFLINE
-    from faceid_nb.face import FaceReader, download_pack
+    from faceid_nb.face import FaceReader
+    from faceid_nb.packs import download_pack
     root = TINY if pack == 'tiny' else None
     if folder is not None and (Path(folder)/'models'/pack).is_dir(): root = folder
     fetch = download and root is None and not HF_HUB_OFFLINE

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -25,11 +24,9 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from . import cells
 from .errors import ArgumentError, ImageError
 from .files import atomic
 from .images import read_image
-from .measure import mean_interval
 
 # %% ../nbs/study/31_plots.ipynb #bcd2d58d
 WIDTH = 5.12                        # inches, of 100 dots
@@ -69,7 +66,7 @@ def _high(lines, size=_SMALL):
     "How high so many lines are, in inches."
     return 1.25*size/72*lines + .03*bool(lines)
 
-# %% ../nbs/study/31_plots.ipynb #f671c1f0
+# %% ../nbs/study/31_plots.ipynb #6c3f3870
 def _pieces(word, fits):
     "A word, broken where it is too long by itself."
     pieces = ['']
@@ -99,12 +96,14 @@ def _wrap(text, width, most=99):
 def _cut(text, width): return ''.join(_wrap(text, width, 1))
 
 # %% ../nbs/study/31_plots.ipynb #b0059fc3
-RESULTS = (*cells.RESULTS, 'image', 'number', 'key', 'made')     # all other columns are arguments
+RESULTS = ('likeness', 'distance', 'adherence', 'state', 'error', 'image', 'seconds', 'number', 'key',
+           'judge', 'device', 'made')     # all other columns are arguments
 NAMES = dict(likeness='likeness', distance='structure distance', adherence='prompt adherence')
 SMALLER = ('distance', 'seconds')     # results of which less is better
 
 def _as_frame(table):
     "The table as a DataFrame. Raises ArgumentError."
+    import pandas as pd   # slow to load: only where something is drawn
     if isinstance(table, pd.DataFrame): return table
     try: return pd.DataFrame(table)
     except (ValueError, TypeError) as e:
@@ -121,7 +120,7 @@ def _read(table, *needed):
     if not len(t): raise ArgumentError('The table has no rows', '', 'Give one row a picture')
     return t
 
-# %% ../nbs/study/31_plots.ipynb #c3bdad3d
+# %% ../nbs/study/31_plots.ipynb #810fa5b3
 def _key(value):
     "A value as it is compared: floats to 12 digits, nan and None alike, a list or dict by its text."
     if value is None or type(value).__name__ in ('NAType', 'NaTType'): return None
@@ -197,7 +196,7 @@ class _Places:
         return (_PAD + c*(self.tile + _GAP) + self.left*(c >= self.beside),
                 _PAD + self.top + r*(self.high + self.under + _GAP))
 
-# %% ../nbs/study/31_plots.ipynb #a51f7ac5
+# %% ../nbs/study/31_plots.ipynb #ac256e55
 class _Sheet:
     "A figure of places for pictures, with a foot below and `extra` room between."
     def __init__(self, places, foot='', extra=0.):
@@ -223,7 +222,7 @@ class _Sheet:
             x, y = self.at.corner(0, c)
             self.text(x + self.at.tile/2, y - .03, lines, ha='center', va='bottom')
 
-# %% ../nbs/study/31_plots.ipynb #c1254af5
+# %% ../nbs/study/31_plots.ipynb #3e7f3be5
 def _grey_place(sheet, ax, x, y, why):
     "A place without a picture, which says why."
     at = sheet.at
@@ -259,7 +258,7 @@ def _result(row):
     waiting = state not in (None, 'done') and _key(row.get('image')) is None     # or stopped, ...
     return (None, str(state)) if waiting else _open(row.get('image'))
 
-# %% ../nbs/study/31_plots.ipynb #1b12f916
+# %% ../nbs/study/31_plots.ipynb #8587e5de
 def _short_number(v): return f'{v:.2f}' if isinstance(_key(v), float) else _label(v)
 
 def _caption(row, names):
@@ -299,7 +298,7 @@ def _cells(t, rows, columns):
     for several in cells.values(): _check_single(several, (rows, columns))
     return {key: several[0] for key, several in cells.items()}
 
-# %% ../nbs/study/31_plots.ipynb #7613f5fa
+# %% ../nbs/study/31_plots.ipynb #5f85b0b4
 def _photos(reference, levels):
     "{number of the row: (photograph, '')}, from one photograph (for the first row) or {level: photograph}."
     given = reference if isinstance(reference, dict) else {levels[0]: reference}
@@ -353,7 +352,7 @@ def _choose_captions(t, caption):
     results, rest = [n for n in names if n in RESULTS], [n for n in names if n not in RESULTS]
     return lambda row: '\n'.join([*_caption(row, results), _settings(row, rest)]), results
 
-# %% ../nbs/study/31_plots.ipynb #9d491af8
+# %% ../nbs/study/31_plots.ipynb #6f92ea2f
 def all_pictures(
     table,         # DataFrame, one row a picture, with `image`
     columns=5,     # pictures side by side
@@ -400,7 +399,7 @@ def _name_axis(axis, labels, room, line, side, turn):
     axis.set_ticks(shown, [labels[k] for k in shown], parse_math=False, rotation=turn)
     axis.set_label_text(side, fontsize=_SMALL, parse_math=False)
 
-# %% ../nbs/study/31_plots.ipynb #3c91d6ce
+# %% ../nbs/study/31_plots.ipynb #49218333
 def _heat_axes(at, sides, foot):
     "Room for a heat map and its colour bar: figure, axes, the bar's axes."
     foot = _wrap(foot, at.W - 2*_PAD)
@@ -485,7 +484,7 @@ def _find_labels(given, matrix, side, count):
     own = getattr(matrix, side, None)
     return _labels(next(labels for labels in (given, own, range(count)) if labels is not None))
 
-# %% ../nbs/study/31_plots.ipynb #f4249bd6
+# %% ../nbs/study/31_plots.ipynb #550137fd
 def similarity_heatmap(
     matrix,           # (n, m) cosines of n pictures with m references, see `similarity_matrix`; nan where
                       # no face was found. A DataFrame brings its labels
@@ -513,6 +512,7 @@ def similarity_heatmap(
 # %% ../nbs/study/31_plots.ipynb #ad5db2e0
 def _mean(t, column, group='face'):
     "Mean, half its 95% interval, number of independent values, and of rows with a number."
+    from faceid_nb.measure import mean_interval   # slow to load: only where something is drawn
     v = _numbers(t, column)   # rows of one group are averaged first, where the table has that column
     groups = _labels(k for k, in _keys(t, group)) if group in t else None
     return *mean_interval(v, groups), int(np.isfinite(v).sum())
@@ -528,7 +528,7 @@ def _note(t, group, columns):
     lost = int(np.isnan([_numbers(t, c) for c in columns]).any(0).sum())
     return f'means with 95% intervals, {_over(t, group)}' + f', {lost} of them without a number'*bool(lost)
 
-# %% ../nbs/study/31_plots.ipynb #bc9b7654
+# %% ../nbs/study/31_plots.ipynb #d0b91958
 def _knob_cells(t, rows, columns, value, group):
     "(levels of the rows, of the columns, means (n, m), texts (n, m))"
     down, across = _levels(t, rows), _levels(t, columns)
@@ -583,7 +583,7 @@ def _above(figure, named, width):
     how = dict(loc='outside upper center', ncols=3, fontsize=_SMALL, frameon=False)
     for t in figure.legend(named.values(), texts, **how).get_texts(): t.set_parse_math(False)
 
-# %% ../nbs/study/31_plots.ipynb #5ba82dd9
+# %% ../nbs/study/31_plots.ipynb #cb422aa6
 def _look(k, n, joined):
     "(how far from its place the k-th of n lines is drawn, its colour and marks)"
     look = dict(color=COLOURS[k % 7], marker=_MARKERS[k % 7], ms=4, lw=1.2, elinewidth=1, capsize=2)
@@ -631,7 +631,7 @@ def _named(figure):
     drawn = chain.from_iterable([*ax.containers, *ax.lines] for ax in figure.axes)
     return {h.get_label(): h for h in drawn if not h.get_label().startswith('_')}
 
-# %% ../nbs/study/31_plots.ipynb #d75b792e
+# %% ../nbs/study/31_plots.ipynb #02b0c43a
 def curves(
     table,         # DataFrame, one row a picture
     x='scale',     # the argument along the axis
@@ -697,7 +697,7 @@ def _clear(box, boxes):
     x0, y0, x1, y1 = box
     return all(x1 <= a or c <= x0 or y1 <= b or d <= y0 for a, b, c, d in boxes)
 
-# %% ../nbs/study/31_plots.ipynb #cf8e7a6a
+# %% ../nbs/study/31_plots.ipynb #c2cb26d4
 _NEAR = (8, 12, 18, 26, 38, 54, 76, 104, 140)   # dots between a point and its text, tried in this order
 
 def _inside(box, frame):
@@ -728,7 +728,7 @@ def _annotate(ax, dot, point, lines, box, way):
     how = dict(ha='center', va='center', fontsize=_SMALL, linespacing=1.15, parse_math=False, arrowprops=line)
     ax.annotate('\n'.join(lines), point, offset, textcoords='offset points', **how).set_in_layout(False)
 
-# %% ../nbs/study/31_plots.ipynb #263cb61c
+# %% ../nbs/study/31_plots.ipynb #e3ad996c
 def _beside(ax, points, texts, boxes, softer):
     """Write each text near its point: clear of all boxes, or at least of `boxes` and the other texts;
     one that finds no place is left out."""
@@ -769,7 +769,7 @@ def _cloud(parts, columns, group):
     stats = np.array([[_mean(p, c, group)[:2] for c in columns] for p in parts])   # (n, 2, 2)
     return _Cloud(stats[..., 0], stats[..., 1], [c in SMALLER for c in columns])
 
-# %% ../nbs/study/31_plots.ipynb #4b9d9eec
+# %% ../nbs/study/31_plots.ipynb #b0940539
 def _scatter(ax, cloud, ring):
     "Points with intervals, the front in colour and joined; `ring`, bool (n,), the chosen one."
     best = dict(label='none is better in both', color=COLOURS[0], marker='o', zorder=3)
@@ -791,7 +791,7 @@ def _name_points(ax, cloud, names, ring):
     obstacles = _obstacles(ax, cloud.points[drawn], cloud.halves[drawn], rank[cloud.order])
     _beside(ax, cloud.points[drawn], [n for n, d in zip(shown, drawn) if d], *obstacles)
 
-# %% ../nbs/study/31_plots.ipynb #2b30c5aa
+# %% ../nbs/study/31_plots.ipynb #ff3654b7
 def trade_off(
     table,         # DataFrame, one row a picture
     x='adherence', y='likeness',  # two results
@@ -841,7 +841,7 @@ def _mix(colours, under): return .7*colours[..., :3] + .3*under
 
 _short = short_layer   # the studio still asks for this name
 
-# %% ../nbs/study/31_plots.ipynb #e5a21f85
+# %% ../nbs/study/31_plots.ipynb #ff52b01e
 def _colour_bar(sheet, cmap, norm):
     "The scale of colours below a sheet, from its second column on."
     x = sheet.at.corner(0, 1)[0]
@@ -891,7 +891,7 @@ def _share(condition, row, size, want):
 
 def _say_kind(kind, values): return [short_layer(v) if kind == 'layer' else f'{kind} {v + 1}' for v in values]
 
-# %% ../nbs/study/31_plots.ipynb #a6cab336
+# %% ../nbs/study/31_plots.ipynb #680fdcb3
 def attention_maps(
     condition,   # what `adapter.condition(record=True)` returned, after the pipeline ran inside it
     image,       # the picture that was made, anything that `read_image` takes
@@ -918,18 +918,18 @@ def attention_maps(
     return _overlay(maps, image, *(_say_kind(k, want[k]) for k in axes), note, width)
 
 # %% ../nbs/study/31_plots.ipynb #097e06d8
-def _without_pictures(values, index):
-    "A column without its pictures; None where nothing else is in it."
-    pictures = [isinstance(v, (Image.Image, np.ndarray)) for v in values]
-    if not any(pictures): return values
-    rest = pd.Series([None if p else v for p, v in zip(pictures, values)], index, object)
+def _without_pictures(column):
+    "A column (a Series) without its pictures; None where nothing else is in it."
+    pictures = [isinstance(v, (Image.Image, np.ndarray)) for v in column]
+    if not any(pictures): return column
+    rest = column.astype(object).where(~np.array(pictures), None)
     return None if rest.isna().all() else rest
 
 def _plain(table):
     "A copy without pictures: paths stay, and columns of nothing but pictures go."
-    t = table.copy() if isinstance(table, pd.DataFrame) else pd.DataFrame(table)
+    t = _as_frame(table).copy()
     for c in list(t.columns):
-        rest = _without_pictures(t[c], t.index)
+        rest = _without_pictures(t[c])
         if rest is None: t = t.drop(columns=c)
         else: t[c] = rest
     return t
@@ -939,7 +939,7 @@ def _write_csv(rows, path):
     labels = rows.index.name is not None or rows.index.dtype.kind not in 'iu'
     with atomic(path) as part: rows.to_csv(part, index=labels)
 
-# %% ../nbs/study/31_plots.ipynb #b3f947bb
+# %% ../nbs/study/31_plots.ipynb #28a5a461
 def export_figure(
     figure,      # a matplotlib figure
     path,        # .png or .pdf

@@ -19,8 +19,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 from .align import norm_crop
 from .errors import ArgumentError, NoFaceError
-from .face import read_image
 from .files import atomic, people_in, photographs_of
+from .images import read_image
 
 # %% ../nbs/train/50_train_data.ipynb #5a0c1d05
 def steps_to_others(

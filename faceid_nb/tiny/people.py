@@ -4,86 +4,145 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SCENES', 'EXPRESSIONS', 'HAIR_STYLES', 'BALD', 'SHORT', 'PARTED', 'FRINGE', 'LONG', 'CURLY', 'BUN', 'BOB',
-           'HAIR_COLOURS', 'SKINS', 'IRISES', 'GEOMETRY', 'TRAINING_SEEDS', 'sample_identities', 'sample_scenes',
-           'draw', 'take', 'sheet', 'captions', 'vocabulary', 'Person', 'Photo', 'sample_people', 'render',
-           'photographs']
+           'HAIR_COLOURS', 'SKINS', 'IRISES', 'GEOMETRY', 'EXTREMES', 'TRAINING_SEEDS', 'take', 'sheet',
+           'sample_identities', 'sample_scenes', 'draw_background', 'draw', 'captions', 'vocabulary', 'Person', 'Photo',
+           'sample_people', 'render', 'photographs']
 
 # %% ../../nbs/tiny/people.ipynb #c7a64e36
-import torch
-import torch.nn.functional as F
 from dataclasses import dataclass
 from types import SimpleNamespace
+import torch
 from PIL import Image
+from tqdm.auto import tqdm
+from ..errors import ArgumentError
 
 # %% ../../nbs/tiny/people.ipynb #cbec2ece
-COLOURS = dict(red=(.82, .12, .12), blue=(.14, .28, .80), green=(.15, .58, .22), yellow=(.94, .82, .15), white=(.94, .94, .94),
-               black=(.10, .10, .12), purple=(.52, .20, .64), orange=(.95, .50, .10), pink=(.96, .56, .72), gray=(.50, .50, .53))
+COLOURS = dict(
+    red=(.82, .12, .12), blue=(.14, .28, .80), green=(.15, .58, .22), yellow=(.94, .82, .15),
+    white=(.94, .94, .94), black=(.10, .10, .12), purple=(.52, .20, .64), orange=(.95, .50, .10),
+    pink=(.96, .56, .72), gray=(.50, .50, .53))
 SCENES = ('beach', 'night', 'sunset')                           # backgrounds that are more than a colour
 EXPRESSIONS = ('neutral', 'smiling', 'surprised', 'frowning')
 HAIR_STYLES = ('bald', 'short hair', 'parted hair', 'fringe', 'long hair', 'curly hair', 'bun', 'bob')
 BALD, SHORT, PARTED, FRINGE, LONG, CURLY, BUN, BOB = range(8)
-HAIR_COLOURS = dict(black=(.10, .08, .08), brown=(.30, .18, .10), chestnut=(.48, .27, .12), ginger=(.74, .34, .10),
-                    blonde=(.90, .74, .38), gray=(.60, .60, .63), white=(.92, .91, .88))
-SKINS = dict(pale=(.99, .87, .79), light=(.95, .77, .63), tan=(.83, .62, .45), brown=(.62, .42, .28), dark=(.41, .27, .19))
-IRISES = dict(brown=(.30, .16, .07), hazel=(.52, .36, .12), blue=(.16, .42, .80), green=(.18, .56, .26), gray=(.46, .52, .58))
+HAIR_COLOURS = dict(
+    black=(.10, .08, .08), brown=(.30, .18, .10), chestnut=(.48, .27, .12), ginger=(.74, .34, .10),
+    blonde=(.90, .74, .38), gray=(.60, .60, .63), white=(.92, .91, .88))
+SKINS = dict(
+    pale=(.99, .87, .79), light=(.95, .77, .63), tan=(.83, .62, .45), brown=(.62, .42, .28),
+    dark=(.41, .27, .19))
+IRISES = dict(
+    brown=(.30, .16, .07), hazel=(.52, .36, .12), blue=(.16, .42, .80), green=(.18, .56, .26),
+    gray=(.46, .52, .58))
+
+# %% ../../nbs/tiny/people.ipynb #549628ea
+def take(
+    rows,   # dict of tensors with a common first axis
+    index,  # which rows, in which order
+):
+    "The chosen rows of a dictionary of tensors."
+    return {k: v[index] for k, v in rows.items()}
+
+def sheet(
+    images,      # (N,3,H,W) in 0..1
+    columns=8, zoom=1,
+):
+    "One PIL picture of a batch, row by row."
+    n, c, h, w = images.shape
+    rows = -(-n//columns)
+    images = torch.cat([images, torch.ones(rows*columns - n, c, h, w)])
+    pixels = (images.clamp(0, 1)*255).round().byte().view(rows, columns, c, h, w)
+    pixels = pixels.permute(0, 3, 1, 4, 2).reshape(rows*h, columns*w, c)
+    return Image.fromarray(pixels.numpy()).resize((columns*w*zoom, rows*h*zoom), Image.NEAREST)
 
 # %% ../../nbs/tiny/people.ipynb #f494e758
 GEOMETRY = dict(  # name=(mean, standard deviation), in half widths of the picture
-    face_width=(.55, .042), face_height=(.61, .036), jaw=(.16, .09), ear=(.105, .026), hairline=(-.36, .05), hair_volume=(1., .07),
-    eye_x=(.245, .026), eye_y=(-.01, .036), eye_width=(.150, .018), eye_height=(.104, .018), eye_tilt=(0., .28), iris=(.079, .008),
+    face_width=(.55, .042), face_height=(.61, .036), jaw=(.16, .09), ear=(.105, .026),
+    hairline=(-.36, .05), hair_volume=(1., .07),
+    eye_x=(.245, .026), eye_y=(-.01, .036), eye_width=(.150, .018), eye_height=(.104, .018),
+    eye_tilt=(0., .28), iris=(.079, .008),
     brow_height=(.215, .022), brow_thickness=(.033, .012), brow_tilt=(0., .28), brow_arch=(.04, .026),
-    nose_length=(.190, .030), nose_width=(.085, .024), mouth_y=(.368, .024), mouth_width=(.170, .034), lips=(.036, .013), blush=(.4, .4))
+    nose_length=(.190, .030), nose_width=(.085, .024),
+    mouth_y=(.368, .024), mouth_width=(.170, .034), lips=(.036, .013), blush=(.4, .4))
 
 def _normal(n, g, k=None):
     "Normal numbers, cut off at two standard deviations."
     return torch.randn(*((n,) if k is None else (n, k)), generator=g).clamp(-2., 2.)
 
-def _choice(probabilities, n, g):
-    return torch.multinomial(torch.tensor(probabilities), n, True, generator=g)
+def _some(n, g): return torch.rand(n, generator=g)
+
+def _choice(probabilities, n, g): return torch.multinomial(torch.tensor(probabilities), n, True, generator=g)
 
 # %% ../../nbs/tiny/people.ipynb #a9843432
+def _sample_skin(p, n, g):
+    "A place on the way from pale to dark, and its colour."
+    skins = torch.tensor(list(SKINS.values()))
+    p['tone'] = _some(n, g)*(len(SKINS) - 1.001)
+    i = p['tone'].long()
+    f = (p['tone'] - i)[:, None]
+    p['skin'] = (skins[i]*(1 - f) + skins[i + 1]*f + .012*_normal(n, g, 3)).clamp(0, 1)
+
+def _sample_hair_and_eyes(p, n, g):
+    "Colours of hair and eyes, and how the hair is worn."
+    hairs, irises = torch.tensor(list(HAIR_COLOURS.values())), torch.tensor(list(IRISES.values()))
+    p['hair_colour'] = h = _choice([.2, .2, .16, .12, .16, .09, .07], n, g)
+    p['hair'] = (hairs[h]*(1 + .08*_normal(n, g, 1)) + .015*_normal(n, g, 3)).clamp(.03, .97)
+    p['eye_colour'] = e = _choice([.25, .15, .25, .2, .15], n, g)
+    p['eyes'] = (irises[e] + .025*_normal(n, g, 3)).clamp(.03, .9)
+    his = _choice([.12, .28, .24, .14, .05, .13, .02, .02], n, g)
+    hers = _choice([.01, .08, .11, .13, .27, .10, .14, .16], n, g)
+    p['style'] = torch.where(p['male'] > 0, his, hers)
+
+# %% ../../nbs/tiny/people.ipynb #9e0b0006
+def _sample_marks(p, n, g):
+    "Beard, moustache, lipstick, parting and mole; a few numbers differ between women and men."
+    m = p['male']
+    p['beard'] = (_some(n, g) < .30)*m*(.6 + .4*_some(n, g))
+    p['moustache'] = (_some(n, g) < .28)*m*(.75 + .25*_some(n, g))
+    p['lipstick'] = (1 - m)*(.5 + .3*_normal(n, g)).clamp(0, 1)
+    p['part'] = torch.sign(_some(n, g) - .5)
+    p['mole'] = (_some(n, g) < .15).float()
+    p['mole_x'], p['mole_y'] = .30*torch.sign(_some(n, g) - .5), .12 + .16*_some(n, g)
+    p['brow_thickness'] = (p['brow_thickness'] + .007*m).clamp(min=.014)
+    p['jaw'] = (p['jaw'] - .05*m).clamp(.0, .36)
+    p['lips'], p['blush'] = (p['lips'] - .006*m).clamp(min=.014), p['blush'].clamp(min=0)
+
 def sample_identities(
     n,  # how many people
     g,  # a `torch.Generator`
 ) -> dict:  # name -> (n,) or, for colours, (n,3) float tensor
     "Draw `n` people: everything about them that stays the same from photograph to photograph."
     p = {k: mean + sd*_normal(n, g) for k, (mean, sd) in GEOMETRY.items()}
-    r = lambda: torch.rand(n, generator=g)
-    p['male'] = m = (r() < .5).float()
-    tone = r()*(len(SKINS) - 1.001)
-    i = tone.long()
-    f = (tone - i)[:, None]
-    skins = torch.tensor(list(SKINS.values()))
-    p['tone'], p['skin'] = tone, (skins[i]*(1 - f) + skins[i + 1]*f + .012*_normal(n, g, 3)).clamp(0, 1)
-    p['hair_colour'] = h = _choice([.2, .2, .16, .12, .16, .09, .07], n, g)
-    p['hair'] = (torch.tensor(list(HAIR_COLOURS.values()))[h]*(1 + .08*_normal(n, g, 1)) + .015*_normal(n, g, 3)).clamp(.03, .97)
-    p['eye_colour'] = e = _choice([.25, .15, .25, .2, .15], n, g)
-    p['eyes'] = (torch.tensor(list(IRISES.values()))[e] + .025*_normal(n, g, 3)).clamp(.03, .9)
-    styles = _choice([.12, .28, .24, .14, .05, .13, .02, .02], n, g), _choice([.01, .08, .11, .13, .27, .10, .14, .16], n, g)
-    p['style'] = torch.where(m > 0, *styles)
-    p['beard'], p['moustache'] = (r() < .30)*m*(.6 + .4*r()), (r() < .28)*m*(.75 + .25*r())
-    p['lipstick'], p['part'] = (1 - m)*(.5 + .3*_normal(n, g)).clamp(0, 1), torch.sign(r() - .5)
-    p['mole'], p['mole_x'], p['mole_y'] = (r() < .15).float(), .30*torch.sign(r() - .5), .12 + .16*r()
-    p['brow_thickness'] = (p['brow_thickness'] + .007*m).clamp(min=.014)
-    p['jaw'] = (p['jaw'] - .05*m).clamp(.0, .36)
-    p['lips'], p['blush'] = (p['lips'] - .006*m).clamp(min=.014), p['blush'].clamp(min=0)
+    p['male'] = (_some(n, g) < .5).float()
+    _sample_skin(p, n, g)
+    _sample_hair_and_eyes(p, n, g)
+    _sample_marks(p, n, g)
     return p
 
 # %% ../../nbs/tiny/people.ipynb #cb0e3b1d
+def _sample_pose(n, g):
+    "How the head is turned (radians), and where it is (half widths)."
+    return dict(yaw=.19*_normal(n, g), pitch=.07*_normal(n, g), roll=.05*_normal(n, g),
+                x=.025*_normal(n, g), y=-.02 + .025*_normal(n, g), zoom=1 + .035*_normal(n, g))
+
+def _sample_wear(n, g):
+    "Glasses, a hat, colours of shirt, hat and background, and which scene it is (0: a plain colour)."
+    def colours(): return torch.randint(0, len(COLOURS), (n,), generator=g)
+    s = dict(glasses=(_some(n, g) < .25).float(), hat=(_some(n, g) < .12).float())
+    s |= dict(shirt=colours(), hat_colour=colours(), background=colours())
+    special, which = _some(n, g) < .25, torch.randint(1, 4, (n,), generator=g)
+    return s | dict(scene=torch.where(special, which, torch.zeros(n, dtype=torch.long)))
+
 def sample_scenes(
     n,  # how many scenes
     g,  # a `torch.Generator`
 ) -> dict:  # name -> (n,) tensor
     "Draw `n` scenes: pose, place in the frame, expression, light, clothes and background."
-    r = lambda: torch.rand(n, generator=g)
-    colours = lambda: torch.randint(0, len(COLOURS), (n,), generator=g)
-    return dict(
-        yaw=.19*_normal(n, g), pitch=.07*_normal(n, g), roll=.05*_normal(n, g),           # radians
-        x=.025*_normal(n, g), y=-.02 + .025*_normal(n, g), zoom=1 + .035*_normal(n, g),   # where the head is, in half widths
-        expression=_choice([.28, .28, .22, .22], n, g), intensity=.9 + .2*r(),
-        glasses=(r() < .25).float(), hat=(r() < .12).float(), shirt=colours(), hat_colour=colours(), background=colours(),
-        scene=torch.where(r() < .25, torch.randint(1, 4, (n,), generator=g), torch.zeros(n, dtype=torch.long)),  # 0: a plain colour
-        light_x=.35*_normal(n, g), light_y=-.35 + .1*_normal(n, g), ambient=.78 + .02*_normal(n, g))
+    s = _sample_pose(n, g)
+    s |= dict(expression=_choice([.28, .28, .22, .22], n, g), intensity=.9 + .2*_some(n, g))
+    s |= _sample_wear(n, g)
+    light = dict(light_x=.35*_normal(n, g), light_y=-.35 + .1*_normal(n, g))
+    return s | light | dict(ambient=.78 + .02*_normal(n, g))
 
 # %% ../../nbs/tiny/people.ipynb #71c1ac0e
 def _coverage(distance, pixel, softness=1.):
@@ -95,70 +154,97 @@ def _paint(image, alpha, colour): return image + alpha.unsqueeze(1)*(colour - im
 def _rgb(*c): return torch.tensor(c).view(1, 3, 1, 1)
 
 # %% ../../nbs/tiny/people.ipynb #eb4071e9
-def _pose(p, s, size):
-    "Pixel grid -> head coordinates x, y and surface coordinates u, v of the turned head; with a way back for landmarks."
-    c = SimpleNamespace()
-    V = lambda d, k: d[k].view(-1, 1, 1)
-    axis = (torch.arange(size, device=s['yaw'].device) + .5)/size*2 - 1
-    c.X, c.Y = axis.view(1, 1, -1), axis.view(1, -1, 1)
-    c.P, c.S = (lambda k: V(p, k)), (lambda k: V(s, k))
-    c.bx, c.by = (c.X - V(s, 'x'))/V(s, 'zoom'), (c.Y - V(s, 'y'))/V(s, 'zoom')         # the body does not roll
-    c.cr, c.sr = V(s, 'roll').cos(), V(s, 'roll').sin()
-    c.x, c.y = c.cr*c.bx + c.sr*c.by, -c.sr*c.bx + c.cr*c.by
-    c.px = 2./size/V(s, 'zoom')
-    c.fw, c.fh, jaw = c.P('face_width'), c.P('face_height'), c.P('jaw')
-    taper = lambda y: (1 - jaw*(y/c.fh).clamp(0, 1.3)**2).clamp(.3)
-    c.nx, c.ny = c.x/taper(c.y)/c.fw, c.y/c.fh
+class _Head:
+    "Pixel grid -> head coordinates x, y and surface coordinates u, v of the turned head; with a way back."
+    def __init__(self, identities, scenes, size):
+        self.identities, self.scenes, self.size = identities, scenes, size
+        axis = (torch.arange(size, device=scenes['yaw'].device) + .5)/size*2 - 1
+        self.X, self.Y, zoom = axis.view(1, 1, -1), axis.view(1, -1, 1), self.S('zoom')
+        self.bx, self.by = (self.X - self.S('x'))/zoom, (self.Y - self.S('y'))/zoom   # the body does not roll
+        self.cr, self.sr = self.S('roll').cos(), self.S('roll').sin()
+        self.x, self.y = self.cr*self.bx + self.sr*self.by, -self.sr*self.bx + self.cr*self.by
+        self.px = 2./size/zoom
+        self.fw, self.fh = self.P('face_width'), self.P('face_height')
+        self.cy, self.sy = self.S('yaw').cos(), self.S('yaw').sin()
+        self.cp, self.sp = self.S('pitch').cos(), self.S('pitch').sin()
+        self.skin, self.hair, self.eyes = (identities[k].view(-1, 3, 1, 1) for k in ('skin', 'hair', 'eyes'))
+        _lay_surface(self)
+
+    def P(self, k): return self.identities[k].view(-1, 1, 1)
+    def S(self, k): return self.scenes[k].view(-1, 1, 1)
+    def is_style(self, *styles): return sum((self.P('style') == i).float() for i in styles)
+    def alpha(self, distance, softness=1.): return _coverage(distance, self.px, softness)
+    def taper(self, y): return (1 - self.P('jaw')*(y/self.fh).clamp(0, 1.3)**2).clamp(.3)
+
+# %% ../../nbs/tiny/people.ipynb #9e0b0010
+def _lay_surface(c):
+    "Where on the head each pixel looks, how deep it lies, and how light it is there."
+    c.nx, c.ny = c.x/c.taper(c.y)/c.fw, c.y/c.fh
     rr = c.nx**2 + c.ny**2
     c.nz = (1 - rr).clamp(0.).sqrt()
-    cy, sy, cp, sp = V(s, 'yaw').cos(), V(s, 'yaw').sin(), V(s, 'pitch').cos(), V(s, 'pitch').sin()
-    vy, vz = c.ny*cp - c.nz*sp, c.ny*sp + c.nz*cp
-    c.u, c.v, c.depth = (c.nx*cy - vz*sy)*c.fw, vy*c.fh, c.nx*sy + vz*cy
+    vy, vz = c.ny*c.cp - c.nz*c.sp, c.ny*c.sp + c.nz*c.cp
+    c.u, c.v, c.depth = (c.nx*c.cy - vz*c.sy)*c.fw, vy*c.fh, c.nx*c.sy + vz*c.cy
     c.front = (c.depth > .02).float()
     c.outline = (rr.sqrt() - 1)*torch.minimum(c.fw, c.fh)
-    c.cy, c.sy, c.sp = cy, sy, sp
-    def project(u, v, lift=1.):
-        "Surface point -> head coordinates; `lift` > 1 stands off the surface (a nose, glasses)."
-        a, b = u/c.fw, v/c.fh
-        w = (1 - a*a - b*b).clamp(.02).sqrt()*lift
-        a, b = a*lift, b*lift
-        y = (b*cp + (-a*sy + w*cy)*sp)*c.fh
-        return (a*cy + w*sy)*c.fw*taper(y), y
-    def to_pixels(x, y):
-        "Head coordinates -> pixel centres (a pixel's own centre is a whole number)."
-        z = V(s, 'zoom')
-        X, Y = (c.cr*x - c.sr*y)*z + V(s, 'x'), (c.sr*x + c.cr*y)*z + V(s, 'y')
-        return torch.cat([X, Y], -1)[:, 0]*size/2 + size/2 - .5
-    c.project, c.to_pixels = project, to_pixels
-    c.shade = (V(s, 'ambient') + .32*(c.nx*V(s, 'light_x') + c.ny*V(s, 'light_y') + .75*c.nz)).clamp(.4, 1.2)
-    c.skin, c.hair = p['skin'].view(-1, 3, 1, 1), p['hair'].view(-1, 3, 1, 1)
-    c.is_style = lambda *k: sum((V(p, 'style') == i).float() for i in k)
-    c.alpha = lambda d, softness=1.: _coverage(d, c.px, softness)
-    return c
+    lit = c.nx*c.S('light_x') + c.ny*c.S('light_y') + .75*c.nz
+    c.shade = (c.S('ambient') + .32*lit).clamp(.4, 1.2)
+
+# %% ../../nbs/tiny/people.ipynb #9e0b0014
+def _project(c, u, v, lift=1.):
+    "Surface point -> head coordinates; `lift` > 1 stands off the surface (a nose, glasses)."
+    a, b = u/c.fw, v/c.fh
+    w = (1 - a*a - b*b).clamp(.02).sqrt()*lift
+    a, b = a*lift, b*lift
+    y = (b*c.cp + (-a*c.sy + w*c.cy)*c.sp)*c.fh
+    return (a*c.cy + w*c.sy)*c.fw*c.taper(y), y
+
+def _to_pixels(c, x, y):
+    "Head coordinates -> pixel centres (a pixel's own centre is a whole number)."
+    z = c.S('zoom')
+    X, Y = (c.cr*x - c.sr*y)*z + c.S('x'), (c.sr*x + c.cr*y)*z + c.S('y')
+    return torch.cat([X, Y], -1)[:, 0]*c.size/2 + c.size/2 - .5
 
 # %% ../../nbs/tiny/people.ipynb #89695fc3
-def _background(c, s):
-    "A plain colour with a vignette, or one of three scenes."
-    palette = torch.tensor(list(COLOURS.values()))
-    t, which = (c.Y*.5 + .5), c.S('scene')
-    full = torch.zeros_like(c.X + c.Y + which)
-    image = palette[s['background']].view(-1, 3, 1, 1)*(1.04 - .12*(c.X**2 + (c.Y + .2)**2)).unsqueeze(1)
-    fade = lambda top, bottom: _rgb(*top) + (_rgb(*bottom) - _rgb(*top))*(t + full).unsqueeze(1)
+def _scenery(c, full):
+    "Beach, night and sunset, (1,3,H,W) each."
+    t = (c.Y*.5 + .5) + full
+    def fade(top, bottom): return _rgb(*top) + (_rgb(*bottom) - _rgb(*top))*t.unsqueeze(1)
     beach = _paint(fade((.45, .72, .95), (.85, .93, .98)), _coverage(-c.Y + full, .06), _rgb(.10, .45, .72))
     beach = _paint(beach, _coverage(.30 - c.Y + full, .06), _rgb(.92, .82, .56))
-    night = _paint(fade((.04, .05, .16), (.18, .18, .40)), _coverage((((c.X + .74)**2 + (c.Y + .70)**2).sqrt() - .15) + full, .03), _rgb(.97, .96, .80))
-    sunset = fade((.42, .16, .42), (1., .62, .20))
-    for k, scene in enumerate((beach, night, sunset), 1): image = torch.where((which == k).unsqueeze(1), scene, image)
+    moon = ((c.X + .74)**2 + (c.Y + .70)**2).sqrt() - .15
+    night = fade((.04, .05, .16), (.18, .18, .40))
+    night = _paint(night, _coverage(moon + full, .03), _rgb(.97, .96, .80))
+    return beach, night, fade((.42, .16, .42), (1., .62, .20))
+
+def _background(c, s):
+    "A plain colour with a vignette, or one of three scenes."
+    palette, which = torch.tensor(list(COLOURS.values())), c.S('scene')
+    full = torch.zeros_like(c.X + c.Y + which)
+    vignette = (1.04 - .12*(c.X**2 + (c.Y + .2)**2)).unsqueeze(1)
+    image = palette[s['background']].view(-1, 3, 1, 1)*vignette
+    for k, scene in enumerate(_scenery(c, full), 1):
+        image = torch.where((which == k).unsqueeze(1), scene, image)
     return image
 
+def draw_background(
+    identities, scenes,  # dicts of (B,...) tensors; nobody is drawn
+    size=64,             # pixels along a side
+):
+    "The backgrounds of scenes alone: (B,3,size,size) in 0..1."
+    return _background(_Head(identities, scenes, size), scenes)
+
+# %% ../../nbs/tiny/people.ipynb #9e0b0017
 def _hair_behind(c, image):
     "The part of long hair, bob, curls and bun that lies behind the head."
     x, y, v = c.x, c.y, c.P('hair_volume')
     w = c.fw*1.17*v
     top = _ellipse(x, y + .04, w, c.fh*1.14*v)*c.fw
-    shapes = {LONG: torch.where(y < -.04, top, torch.maximum(x.abs() - w - .03*(y + .04), y - .80)),
-              BOB: torch.where(y < -.04, top, torch.maximum(x.abs() - w + .20*(y - .12).clamp(0), y - .46)),
-              CURLY: (x**2 + ((y + .10)*1.04)**2 + 1e-8).sqrt() - .74*v, BUN: (x**2 + (y + c.fh*1.20)**2 + 1e-8).sqrt() - .20*v}
+    fall, bob = x.abs() - w - .03*(y + .04), x.abs() - w + .20*(y - .12).clamp(0)
+    shapes = {
+        LONG: torch.where(y < -.04, top, torch.maximum(fall, y - .80)),
+        BOB: torch.where(y < -.04, top, torch.maximum(bob, y - .46)),
+        CURLY: (x**2 + ((y + .10)*1.04)**2 + 1e-8).sqrt() - .74*v,
+        BUN: (x**2 + (y + c.fh*1.20)**2 + 1e-8).sqrt() - .20*v}
     behind = torch.full_like(x + y, 1e3)
     for k, d in shapes.items(): behind = torch.where(c.P('style') == k, d, behind)
     return _paint(image, c.alpha(behind), c.hair*.80)
@@ -167,9 +253,11 @@ def _body(c, image, s):
     "Neck and shirt."
     x, y, lx = c.bx, c.by, c.S('light_x')
     shirt = torch.tensor(list(COLOURS.values()))[s['shirt']].view(-1, 3, 1, 1)
-    image = _paint(image, c.alpha(torch.maximum(x.abs() - c.fw*.44, -y)), c.skin*(.74 + .10*x*lx).unsqueeze(1))
+    neck = torch.maximum(x.abs() - c.fw*.44, -y)
+    image = _paint(image, c.alpha(neck), c.skin*(.74 + .10*x*lx).unsqueeze(1))
     shoulders = torch.maximum(.70 + .30*x.abs()**2.4 - y + .06*(1 - (x/.22)**2).clamp(0), x.abs() - .92)
-    return _paint(image, c.alpha(shoulders), shirt*(.94 + .16*x*lx - .22*(x.abs() - .5).clamp(0)).unsqueeze(1))
+    light = .94 + .16*x*lx - .22*(x.abs() - .5).clamp(0)
+    return _paint(image, c.alpha(shoulders), shirt*light.unsqueeze(1))
 
 # %% ../../nbs/tiny/people.ipynb #d7cf06cb
 def _ears(c, image):
@@ -183,7 +271,8 @@ def _ears(c, image):
 
 def _whiskers(c, face):
     "Blush, beard, moustache and mole."
-    u, v, mw, my, dark = c.u, c.v, c.P('mouth_width'), c.P('mouth_y'), c.hair*(.66*c.shade + .14).unsqueeze(1)
+    u, v, mw, my = c.u, c.v, c.P('mouth_width'), c.P('mouth_y')
+    dark = c.hair*(.66*c.shade + .14).unsqueeze(1)
     blush = torch.exp(-(((u.abs() - .30)/.11)**2 + ((v - .19)/.08)**2))
     face = _paint(face, .42*c.P('blush')*blush*c.front, c.skin*_rgb(1.05, .58, .56))
     chin = c.alpha(.30 - .30*u.abs() - v, 3.)*(1 - c.alpha(_ellipse(u, v - my, mw*1.12, .10)*.1, 1.5))
@@ -194,35 +283,54 @@ def _whiskers(c, face):
     mole = c.alpha(((u - c.P('mole_x'))**2 + (v - c.P('mole_y'))**2 + 1e-8).sqrt() - .032)
     return _paint(face, .85*c.P('mole')*mole*c.front, _rgb(.24, .13, .09))
 
+# %% ../../nbs/tiny/people.ipynb #9e0b0020
+def _eyeball(c, face, side, place, mood):
+    "White, iris, pupil, catch-light and lid of one eye; `place` is where each pixel lies within it."
+    p, q = place
+    ew, r = c.P('eye_width'), c.P('iris')
+    eh = c.P('eye_height')*(1 + .28*mood.surprised - .16*mood.smiling - .20*mood.frowning)
+    edge = _ellipse(p, q, 1., eh)*eh
+    inside = c.alpha(edge)*c.front
+    face = _paint(face, inside, _rgb(.97, .97, .97)*(.3*c.shade + .70).clamp(max=1).unsqueeze(1))
+    disc = ((p*ew)**2 + q**2 + 1e-8).sqrt() - r
+    face = _paint(face, inside*c.alpha(disc), c.eyes)
+    face = _paint(face, inside*c.alpha(disc + .50*r), _rgb(.03, .03, .03))
+    light = ((p*ew - .026*side)**2 + (q + .030)**2 + 1e-8).sqrt() - .020
+    face = _paint(face, inside*c.alpha(light), _rgb(1., 1., 1.))
+    lid = c.alpha(edge.abs() - .017)*c.alpha(q - .15*eh, 2.)*c.front
+    return _paint(face, .9*lid, c.skin*.16)
+
+# %% ../../nbs/tiny/people.ipynb #9e0b0023
+def _brow(c, face, p, mood):
+    "The brow above an eye; `p` is -1 to 1 from inside to outside of the eye."
+    b = p/1.12
+    tilt = c.P('brow_tilt')*.10 - .13*mood.frowning + .03*mood.surprised
+    rise = c.P('eye_y') - c.P('brow_height') - .085*mood.surprised + .050*mood.frowning
+    line = rise - c.P('brow_arch')*(1 - b**2) - tilt*b
+    thick = (c.v - line).abs() - c.P('brow_thickness')*(1 - .25*b.clamp(-1, 1))
+    brow = torch.maximum(thick, (b.abs() - 1)*c.P('eye_width'))
+    shade = c.shade.clamp(.6, 1).unsqueeze(1)
+    return _paint(face, .95*c.alpha(brow)*c.front, c.hair*.55*shade + .02)
+
 def _eyes(c, face, mood):
-    "Eyes with iris, pupil, catch-light and upper lid, and a brow above each."
-    ew, eh = c.P('eye_width'), c.P('eye_height')*(1 + .28*mood.surprised - .16*mood.smiling - .20*mood.frowning)
-    ex, ey, r, shade = c.P('eye_x'), c.P('eye_y'), c.P('iris'), c.shade.clamp(.6, 1).unsqueeze(1)
+    "Eyes, and a brow above each."
     for side in (-1, 1):
-        p, q = (c.u - side*ex)*side/ew, c.v - ey
-        q = q + c.P('eye_tilt')*p*.09
-        edge = _ellipse(p, q, 1., eh)*eh
-        inside = c.alpha(edge)*c.front
-        face = _paint(face, inside, _rgb(.97, .97, .97)*(.3*c.shade + .70).clamp(max=1).unsqueeze(1))
-        disc = ((p*ew)**2 + q**2 + 1e-8).sqrt() - r
-        face = _paint(face, inside*c.alpha(disc), c.eyes)
-        face = _paint(face, inside*c.alpha(disc + .50*r), _rgb(.03, .03, .03))
-        light = ((p*ew - .026*side)**2 + (q + .030)**2 + 1e-8).sqrt() - .020
-        face = _paint(face, inside*c.alpha(light), _rgb(1., 1., 1.))
-        lid = c.alpha(edge.abs() - .017)*c.alpha(q - .15*eh, 2.)*c.front
-        face = _paint(face, .9*lid, c.skin*.16)
-        b = p/1.12
-        tilt = c.P('brow_tilt')*.10 - .13*mood.frowning + .03*mood.surprised
-        line = ey - c.P('brow_height') - .085*mood.surprised + .050*mood.frowning - c.P('brow_arch')*(1 - b**2) - tilt*b
-        brow = torch.maximum((c.v - line).abs() - c.P('brow_thickness')*(1 - .25*b.clamp(-1, 1)), (b.abs() - 1)*ew)
-        face = _paint(face, .95*c.alpha(brow)*c.front, c.hair*.55*shade + .02)
+        p, q = (c.u - side*c.P('eye_x'))*side/c.P('eye_width'), c.v - c.P('eye_y')
+        face = _eyeball(c, face, side, (p, q + c.P('eye_tilt')*p*.09), mood)
+        face = _brow(c, face, p, mood)
     return face
+
+def _mood(c):
+    "How much of each expression there is."
+    expression = c.S('expression')
+    return SimpleNamespace(**{e: (expression == k)*c.S('intensity') for k, e in enumerate(EXPRESSIONS)})
 
 # %% ../../nbs/tiny/people.ipynb #318d0712
 def _nose(c, face):
     "A lit ridge, a tip that stands off the face and a shadow beneath; returns the tip for the landmarks."
     w, zero = c.P('nose_width'), torch.zeros_like(c.fw)
-    (x0, y0), (x1, y1) = c.project(zero, c.P('eye_y') + .03, 1.03), c.project(zero, c.P('eye_y') + c.P('nose_length'), 1.22)
+    x0, y0 = _project(c, zero, c.P('eye_y') + .03, 1.03)
+    x1, y1 = _project(c, zero, c.P('eye_y') + c.P('nose_length'), 1.22)
     dx, dy = x1 - x0, y1 - y0
     t = (((c.x - x0)*dx + (c.y - y0)*dy)/(dx*dx + dy*dy)).clamp(0, 1)
     ridge = torch.exp(-((c.x - x0 - t*dx)**2 + (c.y - y0 - t*dy)**2)/(w*(.35 + .65*t))**2)
@@ -230,17 +338,21 @@ def _nose(c, face):
     shadow = _ellipse(c.x - x1, c.y - y1 - .030, w*1.12, .046)*.046
     tip = _ellipse(c.x - x1, c.y - y1 + .006, w*1.02, .050)*.05
     face = _paint(face, .85*c.alpha(shadow, 1.2), c.skin*_rgb(.56, .43, .39))
-    return _paint(face, c.alpha(tip, 1.2), c.skin*(c.shade*1.07).clamp(0, 1.15).unsqueeze(1)), (x1, y1)
+    light = (c.shade*1.07).clamp(0, 1.15).unsqueeze(1)
+    return _paint(face, c.alpha(tip, 1.2), c.skin*light), (x1, y1)
 
+# %% ../../nbs/tiny/people.ipynb #9e0b0025
 def _mouth(c, face, mood):
     "Lips that bend with the mood and open to teeth or to an O."
     w = c.P('mouth_width')*(1 + .28*mood.smiling - .38*mood.surprised - .10*mood.frowning)
     p, thick = c.u/w, c.P('lips')
-    bend, gap = .105*mood.smiling - .105*mood.frowning, .050*(mood.smiling > 0) + .095*mood.surprised
+    bend = .105*mood.smiling - .105*mood.frowning
+    gap = .050*(mood.smiling > 0) + .095*mood.surprised
     q = c.v - c.P('mouth_y') - .015*mood.surprised + bend*(p**2 - .45)
     arc = (1 - p**2).clamp(0)
     natural = c.skin*_rgb(.80, .46, .44)
-    lips = (natural + (_rgb(.80, .10, .16) - natural)*(.8*c.P('lipstick')).unsqueeze(1))*(c.shade*.4 + .62).unsqueeze(1)
+    painted = natural + (_rgb(.80, .10, .16) - natural)*(.8*c.P('lipstick')).unsqueeze(1)
+    lips = painted*(c.shade*.4 + .62).unsqueeze(1)
     outer = torch.maximum(q.abs() - (thick + gap)*arc**.6, (p.abs() - 1)*w)
     inner = torch.maximum(q.abs() - (gap + .012)*arc**.7, (p.abs() - .94)*w)
     face = _paint(face, c.alpha(outer)*c.front, lips)
@@ -248,124 +360,138 @@ def _mouth(c, face, mood):
     hole = torch.where((mood.smiling > 0).unsqueeze(1), teeth, dark)
     return _paint(face, c.alpha(inner)*c.front, hole), (w, c.P('mouth_y') + .015*mood.surprised - bend*.55)
 
+# %% ../../nbs/tiny/people.ipynb #9e0b0027
+def _hairline(c, ua):
+    "How far down the forehead the hair comes, by style; `ua` is -1 to 1 over the face."
+    hl, style = c.P('hairline'), c.P('style')
+    line = hl + .20*ua**2
+    shapes = {
+        PARTED: hl - .02 + .22*ua*c.P('part') + .10*ua**2, FRINGE: hl + .11 + .05*ua**2,
+        BOB: hl + .10 + .05*ua**2, LONG: hl - .05 + .42*ua.abs()**1.2, CURLY: hl + .02 + .16*ua**4}
+    for k, shape in shapes.items(): line = torch.where(style == k, shape, line)
+    return line
+
+def _hair_cover(c):
+    "How much of each pixel is hair before the head: cap, temples, and what hangs beside the face."
+    u, v, ua, volume, long = c.u, c.v, c.u/c.fw, c.P('hair_volume'), c.is_style(LONG, BOB)
+    cap = c.alpha(_ellipse(c.nx, (c.y + .02)/c.fh, 1.09*volume**.6, 1.13*volume)*c.fw)
+    reach = torch.where(long > 0, 1e3*torch.ones_like(u), .04 + 0*u)
+    front = c.alpha(v - _hairline(c, ua), 1.3)*(v < reach)
+    hair = torch.maximum(front, (c.depth <= .02)*(v < reach + .06)*(c.nx.abs() > .55).float())
+    temples = c.alpha(.91 - ua.abs(), 2.)*c.alpha(v - .04, 2.)
+    hair = torch.maximum(hair, temples*c.is_style(SHORT, PARTED, FRINGE, BUN))
+    hair = torch.maximum(hair, c.alpha(.84 - ua.abs(), 2.)*long*c.alpha(c.y - .46, 2.))*cap
+    above = cap*(1 - c.alpha(c.outline))*(c.y < 0.).float()
+    return torch.maximum(hair, above)*(1 - c.is_style(BALD))
+
 def _hair_in_front(c, image):
     "The cap of hair over the forehead and beside the face."
-    u, v, ua, hl, volume = c.u, c.v, c.u/c.fw, c.P('hairline'), c.P('hair_volume')
-    style = c.P('style')
-    cap = _ellipse(c.nx, (c.y + .02)/c.fh, 1.09*volume**.6, 1.13*volume)*c.fw
-    line = hl + .20*ua**2
-    for k, shape in {PARTED: hl - .02 + .22*ua*c.P('part') + .10*ua**2, FRINGE: hl + .11 + .05*ua**2, BOB: hl + .10 + .05*ua**2,
-                     LONG: hl - .05 + .42*ua.abs()**1.2, CURLY: hl + .02 + .16*ua**4}.items(): line = torch.where(style == k, shape, line)
-    long = c.is_style(LONG, BOB)
-    reach = torch.where(long > 0, 1e3*torch.ones_like(u), .04 + 0*u)
-    hair = torch.maximum(c.alpha(v - line, 1.3)*(v < reach), (c.depth <= .02)*(v < reach + .06)*(c.nx.abs() > .55).float())
-    hair = torch.maximum(hair, c.alpha(.91 - ua.abs(), 2.)*c.alpha(v - .04, 2.)*c.is_style(SHORT, PARTED, FRINGE, BUN))
-    hair = torch.maximum(hair, c.alpha(.84 - ua.abs(), 2.)*long*c.alpha(c.y - .46, 2.))*c.alpha(cap)
-    hair = torch.maximum(hair, c.alpha(cap)*(1 - c.alpha(c.outline))*(c.y < 0.).float())*(1 - c.is_style(BALD))
     sheen = (.92 + .10*(-c.ny - c.x*c.S('light_x')))*(.72 + .34*(c.shade - .3)).clamp(.6, 1.1)
-    return _paint(image, hair, c.hair*sheen.unsqueeze(1))
+    return _paint(image, _hair_cover(c), c.hair*sheen.unsqueeze(1))
 
 # %% ../../nbs/tiny/people.ipynb #49f0a731
 def _glasses(c, image):
     lines, centres = torch.zeros_like(c.x + c.y), []
     for side in (-1, 1):
-        x, y = c.project(side*c.P('eye_x'), c.P('eye_y'), 1.06)
+        x, y = _project(c, side*c.P('eye_x'), c.P('eye_y'), 1.06)
         centres.append((x, y))
         lines = torch.maximum(lines, c.alpha(_ellipse(c.x - x, c.y - y, .215*c.cy, .185).abs()*.19 - .024))
     (x1, y1), (x2, y2) = centres
     bridge = c.alpha((c.y - (y1 + y2)/2 + .03).abs() - .022)*(c.x > x1 + .19)*(c.x < x2 - .19)
     sides = c.alpha((c.y - y1).abs() - .022)*((c.x < x1 - .20) | (c.x > x2 + .20))*(c.outline < .01)
-    return _paint(image, torch.maximum(lines, torch.maximum(bridge.float(), sides.float()))*c.S('glasses'), _rgb(.06, .06, .08))
+    frame = torch.maximum(lines, torch.maximum(bridge.float(), sides.float()))
+    return _paint(image, frame*c.S('glasses'), _rgb(.06, .06, .08))
 
 def _hat(c, image, s):
     "A knitted cap with a darker brim."
     colour = torch.tensor(list(COLOURS.values()))[s['hat_colour']].view(-1, 3, 1, 1)
     brim = c.P('eye_y') - .29
-    dome = torch.maximum(_ellipse(c.x, c.y + .04, c.fw*1.20*c.P('hair_volume'), c.fh*1.22*c.P('hair_volume'))*c.fw, c.y - brim)
+    wide, high = c.fw*1.20*c.P('hair_volume'), c.fh*1.22*c.P('hair_volume')
+    dome = torch.maximum(_ellipse(c.x, c.y + .04, wide, high)*c.fw, c.y - brim)
     light = (.94 + .16*(c.nx*c.S('light_x') - .15*c.ny)).unsqueeze(1)
     alpha = c.S('hat')*c.alpha(dome)
     image = _paint(image, alpha, colour*light)
     return _paint(image, alpha*c.alpha((c.y - brim + .07).abs() - .07), colour*light*.70)
 
 # %% ../../nbs/tiny/people.ipynb #05b75860
+def _landmarks(c, nose, corners):
+    "Eyes, tip of the nose and corners of the mouth in pixels, (B,5,2)."
+    (ex, ey), (w, my) = (c.P('eye_x'), c.P('eye_y')), corners
+    eyes, mouth = (_project(c, k*ex, ey) for k in (-1, 1)), (_project(c, k*w, my) for k in (-1, 1))
+    return torch.stack([_to_pixels(c, x, y) for x, y in (*eyes, nose, *mouth)], 1)
+
+def _boxes(identities, scenes, size):
+    "Boxes around the heads in pixels, (B,4)."
+    z, half, x, y = scenes['zoom'], size/2, scenes['x'], scenes['y']
+    w, h = identities['face_width'], identities['face_height']
+    return torch.stack([x - .92*z*w, y - .62*z*h, x + .92*z*w, y + .92*z*h], -1)*half + half
+
 def draw(
     identities,       # dict of (B,...) tensors, from `sample_identities`
     scenes,           # dict of (B,) tensors, from `sample_scenes`
     size=64,          # pixels along a side
     background=None,  # (B,3,size,size) pictures to paint the people on instead of the scene's own background
 ):
-    "Draw people: images (B,3,size,size) in 0..1 RGB, landmarks (B,5,2) and boxes (B,4) in pixels, insightface's order."
-    c = _pose(identities, scenes, size)
-    c.eyes = identities['eyes'].view(-1, 3, 1, 1)
-    expression = c.S('expression')
-    mood = SimpleNamespace(**{e: (expression == k)*c.S('intensity') for k, e in enumerate(EXPRESSIONS)})
+    "Images (B,3,size,size) in 0..1, landmarks (B,5,2) in insightface's order and boxes (B,4) in pixels."
+    c = _Head(identities, scenes, size)
+    mood = _mood(c)
     image = _background(c, scenes) if background is None else background
     image = _ears(c, _body(c, _hair_behind(c, image), scenes))
     face = _whiskers(c, c.skin*c.shade.unsqueeze(1))
-    face, (w, my) = _mouth(c, _eyes(c, face, mood), mood)
+    face, corners = _mouth(c, _eyes(c, face, mood), mood)
     face, nose = _nose(c, face)
     image = _hair_in_front(c, _paint(image, c.alpha(c.outline), face))
     image = _hat(c, _glasses(c, image), scenes).clamp(0, 1)
-    ex, ey = c.P('eye_x'), c.P('eye_y')
-    points = c.project(-ex, ey), c.project(ex, ey), nose, c.project(-w, my), c.project(w, my)
-    landmarks = torch.stack([c.to_pixels(x, y) for x, y in points], 1)
-    z, half = scenes['zoom'], size/2
-    box = [scenes['x'] - .92*z*identities['face_width'], scenes['y'] - .62*z*identities['face_height'],
-           scenes['x'] + .92*z*identities['face_width'], scenes['y'] + .92*z*identities['face_height']]
-    return image, landmarks, torch.stack(box, -1)*half + half
-
-# %% ../../nbs/tiny/people.ipynb #549628ea
-def take(
-    rows,   # dict of tensors with a common first axis
-    index,  # which rows, in which order
-):
-    "The chosen rows of a dictionary of tensors."
-    return {k: v[index] for k, v in rows.items()}
-
-# %% ../../nbs/tiny/people.ipynb #f4c28d71
-def sheet(
-    images,      # (N,3,H,W) in 0..1
-    columns=8, zoom=1,
-):
-    "One PIL picture of a batch, row by row."
-    n, c, h, w = images.shape
-    rows = -(-n//columns)
-    images = torch.cat([images, torch.ones(rows*columns - n, c, h, w)])
-    pixels = (images.clamp(0, 1)*255).round().byte().view(rows, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(rows*h, columns*w, c)
-    return Image.fromarray(pixels.numpy()).resize((columns*w*zoom, rows*h*zoom), Image.NEAREST)
+    return image, _landmarks(c, nose, corners), _boxes(identities, scenes, size)
 
 # %% ../../nbs/tiny/people.ipynb #f85a7de6
+EXTREMES = dict(   # what is said of a number that is far below or above its mean
+    face_width=('narrow face', 'wide face'), jaw=('square jaw', 'pointed chin'),
+    eye_height=('narrow eyes', 'round eyes'), eye_x=('close eyes', 'wide set eyes'),
+    brow_thickness=('thin brows', 'thick brows'), brow_tilt=('sad brows', 'stern brows'),
+    nose_width=('small nose', 'big nose'), mouth_width=('small mouth', 'wide mouth'),
+    lips=('thin lips', 'full lips'))
+
 def _person_words(p, i):
     "All that could be said of person `i`, strongest words first come first served."
-    style, m = int(p['style'][i]), p['male'][i] > 0
-    hair = list(HAIR_COLOURS)[int(p['hair_colour'][i])]
-    name = HAIR_STYLES[style]
-    words = ['bald' if style == BALD else f'{hair} {name}', f"{list(SKINS)[int(p['tone'][i] + .5)]} skin", f"{list(IRISES)[int(p['eye_colour'][i])]} eyes"]
+    style, hair = int(p['style'][i]), list(HAIR_COLOURS)[int(p['hair_colour'][i])]
+    skin, iris = list(SKINS)[int(p['tone'][i] + .5)], list(IRISES)[int(p['eye_colour'][i])]
+    words = ['bald' if style == BALD else f'{hair} {HAIR_STYLES[style]}', f'{skin} skin', f'{iris} eyes']
     if p['beard'][i] > 0: words.append(f'{hair} beard')
     if p['moustache'][i] > 0: words.append('moustache')
     if p['mole'][i] > 0: words.append('mole')
     if p['lipstick'][i] > .5: words.append('red lips')
-    for key, low, high in (('face_width', 'narrow face', 'wide face'), ('jaw', 'square jaw', 'pointed chin'), ('eye_height', 'narrow eyes', 'round eyes'),
-                           ('eye_x', 'close eyes', 'wide set eyes'), ('brow_thickness', 'thin brows', 'thick brows'), ('brow_tilt', 'sad brows', 'stern brows'),
-                           ('nose_width', 'small nose', 'big nose'), ('mouth_width', 'small mouth', 'wide mouth'), ('lips', 'thin lips', 'full lips')):
+    for key, (low, high) in EXTREMES.items():
         z = (float(p[key][i]) - GEOMETRY[key][0])/GEOMETRY[key][1]
         if abs(z) > .7: words.append(high if z > 0 else low)
     return words
 
+# %% ../../nbs/tiny/people.ipynb #9e0b0031
 def _scene_words(s, i):
     "Everything the scene shows: shirt, expression, background, glasses, hat."
-    c = list(COLOURS)
-    scene = int(s['scene'][i])
-    words = [EXPRESSIONS[int(s['expression'][i])], f"{SCENES[scene - 1] if scene else c[int(s['background'][i])]} background"]
+    c, scene = list(COLOURS), int(s['scene'][i])
+    behind = SCENES[scene - 1] if scene else c[int(s['background'][i])]
+    words = [EXPRESSIONS[int(s['expression'][i])], f'{behind} background']
     if s['glasses'][i] > 0: words.append('wearing glasses')
     if s['hat'][i] > 0: words.append(f"wearing a {c[int(s['hat_colour'][i])]} hat")
     return f"in a {c[int(s['shirt'][i])]} shirt", words
 
 # %% ../../nbs/tiny/people.ipynb #44696fee
+def _rich_caption(identities, i, shirt, words, rng, keep, person):
+    "Words shuffled, dropped, and added about the person."
+    who = 'man' if identities['male'][i] > 0 else 'woman'
+    if rng.random() < .4: who = 'person'
+    words = [w for w in words if rng.random() < keep]
+    known = _person_words(identities, i)
+    if rng.random() < .6: words += rng.sample(known, min(len(known), rng.randint(0, person)))
+    rng.shuffle(words)
+    head = f'photo of a {who}' + (f' {shirt}' if rng.random() < keep else '')
+    return ', '.join([head, *words])
+
 def captions(
     identities,  # dict of (B,...) tensors
     scenes,      # dict of (B,) tensors
-    rng=None,    # a `random.Random`: shuffles, drops and adds words; without one the plain full caption of the scene
+    rng=None,    # a `random.Random`: shuffles, drops and adds words; without one the plain full caption
     keep=.9,     # chance that a word about the scene stays
     person=6,    # how many words about the person at most (with `rng`)
 ) -> list:  # B strings
@@ -373,34 +499,32 @@ def captions(
     out = []
     for i in range(len(scenes['yaw'])):
         shirt, words = _scene_words(scenes, i)
-        who = 'man' if identities['male'][i] > 0 else 'woman'
-        if rng is None:
-            out.append(', '.join([f'photo of a person {shirt}', *words]))
-            continue
-        if rng.random() < .4: who = 'person'
-        words = [w for w in words if rng.random() < keep]
-        known = _person_words(identities, i)
-        words += rng.sample(known, min(len(known), rng.randint(0, person))) if rng.random() < .6 else []
-        rng.shuffle(words)
-        head = f'photo of a {who}' + (f' {shirt}' if rng.random() < keep else '')
-        out.append(', '.join([head, *words]))
+        if rng is None: out.append(', '.join([f'photo of a person {shirt}', *words]))
+        else: out.append(_rich_caption(identities, i, shirt, words, rng, keep, person))
     return out
 
+# %% ../../nbs/tiny/people.ipynb #9e0b0033
 def vocabulary() -> list:  # sorted words
     "Every word that a caption can hold."
-    words = set('photo of a the man woman person face portrait in with and shirt background wearing glasses hat skin eyes beard moustache mole red lips '
-                'narrow wide face square jaw pointed chin round close set thin thick brows sad stern small big nose mouth full'.split())
-    for group in (COLOURS, SCENES, EXPRESSIONS, HAIR_STYLES, HAIR_COLOURS, SKINS, IRISES): words |= {w for name in group for w in name.split()}
+    words = set('photo of a the man woman person face portrait in with and shirt background wearing glasses '
+                'hat skin eyes beard moustache mole red lips narrow wide face square jaw pointed chin round '
+                'close set thin thick brows sad stern small big nose mouth full'.split())
+    for group in (COLOURS, SCENES, EXPRESSIONS, HAIR_STYLES, HAIR_COLOURS, SKINS, IRISES):
+        for name in group: words |= set(name.split())
     return sorted(words)
 
 # %% ../../nbs/tiny/people.ipynb #41ccc17f
-TRAINING_SEEDS = 10_000_000  # training draws its people from seeds at and above this; smaller seeds are people nobody has seen
+# training draws its people from seeds at and above this; smaller seeds are people nobody has seen
+TRAINING_SEEDS = 10_000_000
 
 @dataclass
 class Person:
     "One drawn person: the row of `sample_identities` that describes her."
     numbers: dict  # name -> (1,...) tensor
-    def blend(self, other, t): return Person({k: torch.lerp(v.float(), other.numbers[k].float(), t).to(v.dtype) for k, v in self.numbers.items()})
+    def blend(self, other, t):
+        "Somebody between two people: 0 is the one, 1 the other."
+        return Person({k: torch.lerp(v.float(), other.numbers[k].float(), t).to(v.dtype)
+                       for k, v in self.numbers.items()})
     def __repr__(self): return f"Person({', '.join(_person_words(self.numbers, 0))})"
 
 @dataclass
@@ -421,41 +545,64 @@ def sample_people(
     return [Person(take(p, slice(i, i + 1))) for i in range(n)]
 
 # %% ../../nbs/tiny/people.ipynb #8ca9b6f7
+def _index(names, value, what):
+    "Where a word stands. Raises ArgumentError."
+    if value in names: return list(names).index(value)
+    raise ArgumentError(f'Unknown {what}', f'{value!r} was given', f"Choose one of {', '.join(names)}")
+
 def _as_scene_value(key, value):
     "A word or number of the public arguments -> the scene's own columns."
-    from faceid_nb.errors import ArgumentError
-    def index(names, what):
-        if value in names: return list(names).index(value)
-        raise ArgumentError(f'Unknown {what}', f'{value!r} was given', f"Choose one of {', '.join(names)}")
-    if key == 'expression': return {key: index(EXPRESSIONS, 'expression') if isinstance(value, str) else value}
-    if key == 'shirt': return {key: index(COLOURS, 'shirt colour')}
-    if key == 'background': return {'scene': SCENES.index(value) + 1} if value in SCENES else {'scene': 0, key: index(COLOURS, 'background')}
-    if key == 'hat': return {'hat': 0.} if not value else {'hat': 1., 'hat_colour': index(COLOURS, 'hat colour')}
+    if key == 'expression' and isinstance(value, str): return {key: _index(EXPRESSIONS, value, 'expression')}
+    if key == 'expression': return {key: value}
+    if key == 'shirt': return {key: _index(COLOURS, value, 'shirt colour')}
+    if key == 'background':
+        if value in SCENES: return {'scene': SCENES.index(value) + 1}
+        return {'scene': 0, key: _index(COLOURS, value, 'background')}
+    if key == 'hat':
+        if not value: return {'hat': 0.}
+        return {'hat': 1., 'hat_colour': _index(COLOURS, value, 'hat colour')}
     return {key: float(value)}
+
+def _fix(scenes, key, value):
+    "Write one argument of `render` into the scenes. Raises ArgumentError."
+    n = len(scenes['yaw'])
+    values = value if isinstance(value, (list, tuple)) else [value]*n
+    if len(values) != n:
+        found = f'{len(values)} values for {n} people'
+        raise ArgumentError(f'{key} must be one value or one a person', found)
+    for i, v in enumerate(values):
+        for k, number in _as_scene_value(key, v).items(): scenes[k][i] = number
+
+# %% ../../nbs/tiny/people.ipynb #9e0b0037
+def _fixed_scenes(n, seed, fixed):
+    "n scenes from a seed, with what `fixed` says. Raises ArgumentError."
+    scenes = sample_scenes(n, torch.Generator().manual_seed(seed))
+    known = set(scenes) - {'scene', 'hat_colour'}
+    if bad := set(fixed) - known:
+        do = f"Known are {', '.join(sorted(known))}"
+        raise ArgumentError('Unknown scene argument', ', '.join(sorted(bad)), do)
+    for key, value in fixed.items(): _fix(scenes, key, value)
+    return scenes
 
 def render(
     people,   # a list of `Person`
     *,
     seed=0,   # of the scenes
     size=64,  # pixels along a side
-    **scene,  # yaw, pitch, roll (radians), x, y, zoom, glasses, expression='smiling', shirt='red', background='beach', hat='blue' or None; a value or a list with one value a person
+    # yaw, pitch, roll (radians), x, y, zoom, glasses, expression='smiling', shirt='red', background='beach',
+    # hat='blue' or None; a value or a list with one value a person
+    **scene,
 ) -> list:  # of `Photo`
     "Photograph each person once; what `scene` does not fix is drawn from `seed`."
-    from faceid_nb.errors import ArgumentError
-    s = sample_scenes(len(people), torch.Generator().manual_seed(seed))
-    known = set(s) - {'scene', 'hat_colour'}
-    if bad := set(scene) - known: raise ArgumentError('Unknown scene argument', ', '.join(sorted(bad)), f"Known are {', '.join(sorted(known))}")
-    for key, value in scene.items():
-        values = value if isinstance(value, (list, tuple)) else [value]*len(people)
-        if len(values) != len(people): raise ArgumentError(f'{key} must be one value or one a person', f'{len(values)} values for {len(people)} people')
-        for i, v in enumerate(values):
-            for k, number in _as_scene_value(key, v).items(): s[k][i] = number
+    s = _fixed_scenes(len(people), seed, scene)
     if not people: return []
     p = {k: torch.cat([person.numbers[k] for person in people]) for k in people[0].numbers}
-    few = torch.arange(len(people)).split(max(1, 2**18//size**2))     # as many at a time as stay in a processor's cache
-    with torch.no_grad(): images, landmarks, boxes = map(torch.cat, zip(*(draw(take(p, k), take(s, k), size) for k in few)))
+    few = torch.arange(len(people)).split(max(1, 2**18//size**2))     # as many as stay in a processor's cache
+    with torch.no_grad(): drawn = [draw(take(p, k), take(s, k), size) for k in few]
+    images, landmarks, boxes = map(torch.cat, zip(*drawn))
     pixels = (images*255).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Photo(Image.fromarray(a), l.numpy(), b.numpy(), c) for a, l, b, c in zip(pixels, landmarks, boxes, captions(p, s))]
+    rows = zip(pixels, landmarks.numpy(), boxes.numpy(), captions(p, s))
+    return [Photo(Image.fromarray(image), marks, box, caption) for image, marks, box, caption in rows]
 
 # %% ../../nbs/tiny/people.ipynb #0c9baa60
 def photographs(
@@ -468,18 +615,16 @@ def photographs(
     progress=True,
 ) -> dict:  # images (N,3,size,size) uint8, landmarks, boxes, person (N,) index, identities, scenes
     "Draw a training set; rows of one person stand together."
-    from tqdm.auto import tqdm
+    n = people*each
+    if n % batch: raise ValueError(f'{n} photographs do not divide into batches of {batch}')
     g = torch.Generator().manual_seed(TRAINING_SEEDS + seed)
-    p = sample_identities(people, g)
-    person = torch.arange(people).repeat_interleave(each)
-    f = torch.compile(draw, dynamic=False) if compiled else draw
-    out = []
-    if len(person) % batch: raise ValueError(f'{len(person)} photographs do not divide into batches of {batch}')
+    p, person = sample_identities(people, g), torch.arange(people).repeat_interleave(each)
+    f, out = torch.compile(draw, dynamic=False) if compiled else draw, []
     with torch.no_grad():
-        for i in tqdm(range(0, len(person), batch), disable=not progress, desc='drawing'):
+        for i in tqdm(range(0, n, batch), disable=not progress, desc='drawing'):
             s = sample_scenes(batch, g)
             images, landmarks, boxes = f(take(p, person[i:i + batch]), s, size)
             out.append(((images*255).round().byte(), landmarks, boxes, s))
-    images, landmarks, boxes, scenes = zip(*out)
-    return dict(images=torch.cat(images), landmarks=torch.cat(landmarks), boxes=torch.cat(boxes), person=person, identities=p,
-                scenes={k: torch.cat([s[k] for s in scenes]) for k in scenes[0]})
+    *columns, scenes = zip(*out)
+    table = dict(zip(('images', 'landmarks', 'boxes'), map(torch.cat, columns)), person=person, identities=p)
+    return table | dict(scenes={k: torch.cat([s[k] for s in scenes]) for k in scenes[0]})

@@ -7,8 +7,8 @@ skips the one that needs it.
 The weights are random; what is official is every name, every shape and, where it is known, the size of the
 file.
 """
-import gc
 from functools import cache
+from itertools import product
 import psutil, pytest, torch
 from diffusers import UNet2DConditionModel
 from faceid_nb.adapter import FaceIDAdapter
@@ -43,8 +43,11 @@ BIG_G = VIT_H | dict(hidden_size=1664, intermediate_size=8192, num_hidden_layers
 # the transformer blocks in the order of the checkpoints, down, up, middle: width and path; a block has a
 # self-attention and a cross-attention
 def blocks(of):
-    return [(w, f'{place}.attentions.{a}.transformer_blocks.{t}') for place, w, attentions, depth in of
-            for a in range(attentions) for t in range(depth)]
+    found = []
+    for place, width, attentions, depth in of:
+        for a, t in product(range(attentions), range(depth)):
+            found.append((width, f'{place}.attentions.{a}.transformer_blocks.{t}'))
+    return found
 BLOCKS = {768: blocks([('down_blocks.0', 320, 2, 1), ('down_blocks.1', 640, 2, 1),
                        ('down_blocks.2', 1280, 2, 1), ('up_blocks.1', 1280, 3, 1), ('up_blocks.2', 640, 3, 1),
                        ('up_blocks.3', 320, 3, 1), ('mid_block', 1280, 1, 1)]),
@@ -66,14 +69,14 @@ def shapes(variant, words):
         r = {'proj_in.weight': (words, 1280), 'proj_in.bias': (words,), 'proj_out.weight': (words, words),
              'proj_out.bias': (words,), 'norm_out.weight': (words,), 'norm_out.bias': (words,)}
         for i in range(4):
-            r |= {f'layers.{i}.0.{n}.{k}': (words,) for n in ('norm1', 'norm2')
-                  for k in ('weight', 'bias')} | {f'layers.{i}.1.0.{k}': (words,) for k in ('weight', 'bias')}
+            for norm in ('0.norm1', '0.norm2', '1.0'):
+                r |= {f'layers.{i}.{norm}.weight': (words,), f'layers.{i}.{norm}.bias': (words,)}
             r |= {f'layers.{i}.0.to_q.weight': (words, words), f'layers.{i}.0.to_kv.weight': (2*words, words),
                   f'layers.{i}.0.to_out.weight': (words, words), f'layers.{i}.1.1.weight': (4*words, words),
                   f'layers.{i}.1.3.weight': (words, 4*words)}
         proj |= {f'perceiver_resampler.{k}': s for k, s in r.items()}
     layers = {}
-    for i, (width, _) in enumerate(w for w in BLOCKS[words] for _ in range(2)):
+    for i, ((width, _), _) in enumerate(product(BLOCKS[words], range(2))):
         for part, inputs in dict(q=width, k=words if i % 2 else width, v=words if i % 2 else width,
                                  out=width).items():
             if variant != 'portrait':
@@ -122,8 +125,8 @@ def test_the_unets_are_the_official_ones():
     for words, millions in ((768, 859.52), (2048, 2567.46)):
         unet = meta_unet(words)
         assert round(sum(p.numel() for p in unet.parameters())/1e6, 2) == millions
-        assert list(unet.attn_processors) == [f'{path}.attn{k}.processor' for _, path in BLOCKS[words]
-                                              for k in (1, 2)]
+        named = [f'{path}.attn{k}.processor' for (_, path), k in product(BLOCKS[words], (1, 2))]
+        assert list(unet.attn_processors) == named
     assert [len(BLOCKS[w]) for w in (768, 2048)] == [16, 70]
 
 
@@ -140,44 +143,62 @@ def test_the_file_is_as_large_as_the_official_one(folder, variant):
     assert {int(k.split('.')[0]) for k in c.ip_adapter if 'lora' in k} == set(range(32))
 
 
+def filled_unet():
+    "The whole UNet of Stable Diffusion 1.5, with numbers."
+    unet = meta_unet(768).to_empty(device='cpu')
+    for name, p in unet.named_parameters(): weight(name, p, into=p.data)
+    return unet
+
+
+def plusv2_file(folder):
+    path = folder/'ip-adapter-faceid-plusv2_sd15.bin'
+    if not path.exists(): torch.save(state('plusv2', 768), path)
+    return path
+
+
+def inputs_of_a_step():
+    "Latents, words, a face of length one, and the states of a crop."
+    draw, shapes = torch.Generator().manual_seed(1), ((1, 4, 16, 16), (1, 77, 768), (1, 512), (1, 257, 1280))
+    x, text, face, clip = (torch.randn(shape, generator=draw) for shape in shapes)
+    return x, text, torch.nn.functional.normalize(face, dim=-1), clip
+
+
+def check_weights(unet):
+    "Every weight is the one that `filled_unet` set."
+    room = torch.empty(max(p.numel() for p in unet.parameters()))
+    assert all(torch.equal(p, weight(name, p, into=room)) for name, p in unet.named_parameters())
+
+
 def test_one_step_of_stable_diffusion_15(folder):
     free = psutil.virtual_memory().available/1e9
     if free < 6: pytest.skip(f'the full UNet in float32 needs 6 GB of memory, {free:.1f} are free')
-    unet = meta_unet(768).to_empty(device='cpu')
-    for name, p in unet.named_parameters(): weight(name, p, into=p.data)
-    path = folder/'ip-adapter-faceid-plusv2_sd15.bin'
-    if not path.exists(): torch.save(state('plusv2', 768), path)
-    processors, draw = dict(unet.attn_processors), torch.Generator().manual_seed(1)
-    x, text, face, clip = (torch.randn(s, generator=draw)
-                           for s in ((1, 4, 16, 16), (1, 77, 768), (1, 512), (1, 257, 1280)))
+    unet, path = filled_unet(), plusv2_file(folder)
+    processors, (x, text, face, clip) = dict(unet.attn_processors), inputs_of_a_step()
     @torch.no_grad()
     def step(): return unet(x, 500, encoder_hidden_states=text).sample
+    def change(a, b): return ((a - b).abs().max()/bare.std()).item()
     bare = step()
     assert torch.isfinite(bare).all() and bare.std() > 1e-3
     adapter = FaceIDAdapter.from_file(path).attach(unet)
     folded = step()
-    with adapter.condition(torch.nn.functional.normalize(face, dim=-1), structure=clip, guidance=1) as c:
+    with adapter.condition(face, structure=clip, guidance=1) as c:
         shown = step()
         assert len(c.kv) == 16
         assert {tuple(k.shape) for k, v in c.kv.values()} == {(1, 8, 4, w//8) for w in (320, 640, 1280)}
-    def change(a, b): return ((a - b).abs().max()/bare.std()).item()
     assert torch.isfinite(shown).all()
     assert change(folded, bare) > 1e-3
     assert change(shown, folded) > 1e-3
     assert torch.equal(step(), folded)
     adapter.detach()
-    room = torch.empty(max(p.numel() for p in unet.parameters()))
     assert torch.equal(step(), bare)
     assert unet.attn_processors == processors
-    assert all(torch.equal(p, weight(n, p, into=room)) for n, p in unet.named_parameters())
-    del unet, adapter
-    gc.collect()
+    check_weights(unet)
 
 
 # SDXL has PlusV2 only
 @pytest.mark.parametrize('variant, words',
-                         [(v, w) for w in UNETS for v in ('faceid', 'plus', 'plusv2',
-                                                          'portrait') if (v, w) != ('plus', 2048)])
+                         [vw for vw in product(('faceid', 'plus', 'plusv2', 'portrait'), UNETS)
+                          if vw != ('plus', 2048)])
 def test_every_tensor_finds_its_layer(words, variant):
     s = state(variant, words)
     unet = meta_unet(words)
@@ -189,9 +210,9 @@ def test_every_tensor_finds_its_layer(words, variant):
     check_fits(c, unet)
     lora = lora_from_checkpoint(c.ip_adapter, list(unet.attn_processors))
     pairs = lora_pairs(unet, lora)
-    assert set(pairs) == ({f'{path}.attn{k}.{part}' for _, path in BLOCKS[words] for k in (1, 2)
-                           for part in ('to_q', 'to_k', 'to_v', 'to_out.0')} if variant != 'portrait'
-                          else set())
+    layers = product(BLOCKS[words], (1, 2), ('to_q', 'to_k', 'to_v', 'to_out.0'))
+    every = {f'{path}.attn{k}.{part}' for (_, path), k, part in layers}
+    assert set(pairs) == (every if variant != 'portrait' else set())
     assert 2*len(pairs) + 2*len(c.layers) == len(c.ip_adapter)        # nothing is left over
     for path, (layer, down, up) in pairs.items(): assert layer.weight.shape == (len(up), down.shape[1])
 
@@ -228,8 +249,8 @@ def test_the_other_base_model_is_refused(words, other, fits):
     assert e.value.do.endswith(fits)
     assert {768: 'Stable Diffusion 1.x', 2048: 'SDXL'}[other] in e.value.found
     assert unet.attn_processors == processors
-    lora = {f'{path}.attn1.to_q.{half}': torch.zeros(s) for w, path in BLOCKS[words]
-            for half, s in (('down', (RANK, w)), ('up', (w, RANK)))}
+    lora = {f'{path}.attn1.to_q.down': torch.zeros(RANK, w) for w, path in BLOCKS[words]}
+    lora |= {f'{path}.attn1.to_q.up': torch.zeros(w, RANK) for w, path in BLOCKS[words]}
     with pytest.raises(LoRAError, match='another base model'): lora_pairs(unet, lora)
 
 
@@ -247,10 +268,12 @@ def test_one_wrong_number_is_found():
 @pytest.mark.parametrize('words', [768, 2048])
 def test_the_separate_lora(folder, words):
     from safetensors.torch import save_file
-    flat = {f'unet.{path}.attn{k}.{part}.lora_{ab}.weight': (RANK, inputs) if ab == 'A' else (w, RANK)
-            for w, path in BLOCKS[words] for k in (1, 2)
-            for part, inputs in dict(to_q=w, to_k=words if k == 2 else w, to_v=words if k == 2 else w,
-                                     **{'to_out.0': w}).items() for ab in 'AB'}
+    flat = {}
+    for (w, path), k in product(BLOCKS[words], (1, 2)):
+        context = words if k == 2 else w
+        for part, inputs in {'to_q': w, 'to_k': context, 'to_v': context, 'to_out.0': w}.items():
+            name = f'unet.{path}.attn{k}.{part}'
+            flat |= {f'{name}.lora_A.weight': (RANK, inputs), f'{name}.lora_B.weight': (w, RANK)}
     path = folder/f'lora{words}.safetensors'
     save_file({k: numbers(s, k).clone() for k, s in flat.items()}, path)
     if words == 768: assert abs(path.stat().st_size - 51_059_544) < 40_000      # the official file

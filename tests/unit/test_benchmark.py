@@ -1,11 +1,12 @@
 """The benchmark: statistics over people, the photographs' own numbers beside them, nothing made twice.
 Most of it with a painter in place of the diffusion."""
 import concurrent.futures as cf, math, re, shutil
+from itertools import chain, takewhile
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, strategies as st
 from PIL import Image
 from faceid_nb import benchmark as B
-from faceid_nb.benchmark import PULID_PROMPT, TINY_PROMPT, benchmark, benchmark_table, find_people
+from faceid_nb.benchmark import PULID_PROMPT, TINY_PROMPT, benchmark, benchmark_table, name_people
 from faceid_nb.errors import ArgumentError, FaceIDError, ImageError, PackMissingError
 from faceid_nb.measure import (Calibration, calibrate, detection_rate, identity_similarity, prompt_adherence,
                                structure_distance)
@@ -13,6 +14,7 @@ from faceid_nb.models import TINY, load
 from faceid_nb.tiny.people import render, sample_people
 
 N = 4
+STUDENT = 3.182446305   # t of 3 degrees of freedom at .975
 WALL = Image.new('RGB', (128, 128), (60, 90, 150))
 people_drawn = sample_people(N, 4242)
 
@@ -39,7 +41,7 @@ class Painter:
         out = [self.paint(*c) for c in self.calls[-1]]
         for image in out: image.info = {}
         return [i.copy() for i in out]
-    def made(self): return sorted(c for call in self.calls for c in call)
+    def made(self): return sorted(chain.from_iterable(self.calls))
 
 
 PHOTOS = [shots(11), shots(12), shots(13)]
@@ -91,7 +93,7 @@ def test_the_row_is_what_the_pictures_say(run):
     for k in ('likeness', 'other', 'adherence', 'distance'):
         means = np.array([np.nanmean(t[k][t.person == p]) for p in sorted(set(t.person))])
         assert math.isclose(row[k], means.mean())
-        assert math.isclose(row[f'{k}_half'], 1.96*means.std(ddof=1)/2, rel_tol=1e-9)
+        assert math.isclose(row[f'{k}_half'], STUDENT*means.std(ddof=1)/2, rel_tol=1e-9)
         # over people, not over pictures
         assert not math.isclose(row[k], np.nanmean(t[k])) or k == 'adherence'
     k = int(t.likeness.notna().sum())
@@ -134,7 +136,7 @@ def test_the_photographs_beside(run, album, model):
     for k, j in (('likeness', 0), ('distance', 1)):
         means = np.array([v[j].mean() for v in per])
         assert math.isclose(r.photographs[k], means.mean(), rel_tol=1e-6)
-        assert math.isclose(r.photographs[f'{k}_half'], 1.96*means.std(ddof=1)/2, rel_tol=1e-6)
+        assert math.isclose(r.photographs[f'{k}_half'], STUDENT*means.std(ddof=1)/2, rel_tol=1e-6)
     assert r.photographs['pictures'] == 1 + 2*(N - 1)
     assert r.photographs['people'] == N
     assert r.photographs['found'] == 1
@@ -149,8 +151,10 @@ def test_the_photographs_beside(run, album, model):
 @given(st.lists(st.lists(st.one_of(st.just(math.nan), st.floats(-1, 1)), min_size=1, max_size=5), min_size=1,
                 max_size=6))
 def test_one_talkative_person_does_not_count_more(values):
-    t = pd.DataFrame([dict(person=i, likeness=v, other=v, adherence=v, distance=v, state='done', copied=False)
-                      for i, person in enumerate(values) for v in person])
+    rows = []
+    for i, person in enumerate(values):
+        for v in person: rows.append(dict(person=i, likeness=v, other=v, adherence=v, distance=v))
+    t = pd.DataFrame(rows).assign(state='done', copied=False)
     row = B.summarise(t)
     means = [np.nanmean(p) for p in values if not all(map(math.isnan, p))]
     assert row['people'] == len(values)
@@ -187,19 +191,19 @@ def test_a_flat_folder(model, tmp_path):
     assert 'No person has two photographs' in text and 'other photographs*' not in text
     # results inside the folder are nobody
     Image.new('RGB', (9, 9)).save(tmp_path/'results'/'sheet-0001.png')
-    assert list(find_people(tmp_path)) == ['a.png', 'b.png', 'c.png', 'd.png']
+    assert list(name_people(tmp_path)) == ['a.png', 'b.png', 'c.png', 'd.png']
     assert benchmark(painter, tmp_path, tmp_path/'results', num_samples=2, progress=False).pictures.kept.all()
 
 
 def test_people_from_anything(album, tmp_path):
-    assert ({n: [f.name for f in p] for n, p in find_people(album).items()}
+    assert ({n: [f.name for f in p] for n, p in name_people(album).items()}
             == {f'p{i}': [f'{k}.png' for k in range(3 if i else 2)] for i in range(N)})
-    assert find_people(str(album)) == find_people(album)
+    assert name_people(str(album)) == name_people(album)
     a, b = album/'p0'/'0.png', album/'p1'/'1.png'
-    assert find_people([a, b]) == {'0': [a], '1': [b]}
-    assert find_people([[a, b], [b]]) == {'person 0': [a, b], 'person 1': [b]}
-    assert find_people(dict(Ada=a, Ben=[b, a])) == {'Ada': [a], 'Ben': [b, a]}
-    assert [len(p) for p in find_people([PHOTOS[0][0], np.asarray(PHOTOS[0][1])]).values()] == [1, 1]
+    assert name_people([a, b]) == {'0': [a], '1': [b]}
+    assert name_people([[a, b], [b]]) == {'person 0': [a, b], 'person 1': [b]}
+    assert name_people(dict(Ada=a, Ben=[b, a])) == {'Ada': [a], 'Ben': [b, a]}
+    assert [len(p) for p in name_people([PHOTOS[0][0], np.asarray(PHOTOS[0][1])]).values()] == [1, 1]
 
 
 @pytest.mark.parametrize('people, says', [(lambda d: d/'nowhere', 'No such folder'),
@@ -294,9 +298,9 @@ def test_a_killed_run_goes_on(run, model, album, tmp_path):
                                r.rows.drop(columns='model').astype(float), atol=1e-6)
 
 
-def test_the_first_seed_and_large_ones(model, album, tmp_path):
+def test_the_first_seed_and_large_ones(model, album, tmp_path, monkeypatch):
     painter = Painter(model)
-    painter.paint = lambda i, seed: PHOTOS[1][i]
+    monkeypatch.setattr(painter, 'paint', lambda i, seed: PHOTOS[1][i])
     r = benchmark(painter, album, tmp_path, num_samples=2, seed=12345678, progress=False)
     assert {s for _, s in painter.made()} == {12345678, 12345679} == set(r.pictures.seed)
 
@@ -326,7 +330,7 @@ def test_a_judge_who_comes_later_looks_at_the_pictures_again(run, model, tmp_pat
 
 def test_somebody_without_a_face(run, model, album, tmp_path):
     painter = Painter(model)
-    people = dict(find_people(album), wall=[WALL, PHOTOS[1][0]])
+    people = dict(name_people(album), wall=[WALL, PHOTOS[1][0]])
     r = benchmark(painter, people, tmp_path, num_samples=3, progress=False)
     row = r.rows.iloc[0]
     assert row.failed == 3
@@ -346,7 +350,7 @@ def test_somebody_without_a_face(run, model, album, tmp_path):
 
 def test_a_photograph_without_a_face_among_others(run, model, album, tmp_path):
     "It says nothing and takes nothing away; it shows in the photographs' own row."
-    people = find_people(album)
+    people = name_people(album)
     people['p2'] = [*people['p2'], WALL]
     r = benchmark(Painter(model), people, tmp_path, num_samples=3, progress=False)
     assert math.isclose(r.photographs['likeness'], run[0].photographs['likeness'], rel_tol=1e-6)
@@ -368,6 +372,31 @@ def parse(text):
 def numbers(cell): return [float(x) for x in re.findall(r'-?\d+(?:\.\d+)?', cell)]
 
 
+def known(*values):
+    "The values up to the first that is not known."
+    return [*takewhile(lambda v: not math.isnan(v), values)]
+
+
+def a_benchmark(made, real):
+    "A result with these rows; `real`: with photographs and a calibration."
+    cal = Calibration(np.linspace(.5, 1, 200), np.linspace(-1, .3, 50)) if real else None
+    return B.Benchmark(pd.DataFrame(made), pd.DataFrame(columns=['state', 'person', 'error']),
+                       made[0] if real else None, cal, dict(prompt='x', seed=3), 'judge', False)
+
+
+def check_row(t, i, m):
+    "Row `i` of a parsed table says the numbers of `m`."
+    for column, key in (('likeness', 'likeness'), ('other photograph', 'other'), ('prompt', 'adherence'),
+                        ('structure', 'distance')):
+        want = known(m[key], m[f'{key}_half'])
+        got = numbers(t[column][i])
+        assert len(got) == len(want) and np.allclose(got, want, atol=5.01e-4), (column, m)
+    for column, key in (("of the photographs'", 'share'), ('copies', 'copies')):
+        assert np.allclose(numbers(t[column][i]), [] if math.isnan(m[key]) else [100*m[key]], atol=.0501)
+    assert numbers(t['face found'][i]) == ([50, 25, 75] if m['pictures'] else [])
+    assert (t['people'][i], t['pictures'][i]) == (str(m['people']), str(m['pictures']))
+
+
 value = st.one_of(st.just(math.nan), st.floats(-1, 1))
 share = st.one_of(st.just(math.nan), st.floats(0, 2))
 
@@ -378,23 +407,10 @@ def test_markdown_parses_back(rows, real):
                  adherence_half=.1, distance=d, distance_half=math.nan, found=.5, found_low=.25,
                  found_high=.75, copies=s, people=n, pictures=2*n, failed=0, share=t)
             for i, (a, b, c, d, s, t, n) in enumerate(rows)]
-    photos = made[0] if real else None
-    cal = Calibration(np.linspace(.5, 1, 200), np.linspace(-1, .3, 50)) if real else None
-    r = B.Benchmark(pd.DataFrame(made), pd.DataFrame(columns=['state', 'person', 'error']), photos, cal,
-                    dict(prompt='x', seed=3), 'judge', False)
+    r = a_benchmark(made, real)
     t = parse(benchmark_table(r))
     assert t['model'] == [f'a/{i}' for i in range(len(rows))] + ['*other photographs*']*real
-    for i, m in enumerate(made):
-        for column, key in (('likeness', 'likeness'), ('other photograph', 'other'), ('prompt', 'adherence'),
-                            ('structure', 'distance')):
-            want = [] if math.isnan(m[key]) else [m[key]] + [
-                m[f'{key}_half']]*(not math.isnan(m[f'{key}_half']))
-            got = numbers(t[column][i])
-            assert len(got) == len(want) and np.allclose(got, want, atol=5.01e-4), (column, m)
-        for column, key in (("of the photographs'", 'share'), ('copies', 'copies')):
-            assert np.allclose(numbers(t[column][i]), [] if math.isnan(m[key]) else [100*m[key]], atol=.0501)
-        assert numbers(t['face found'][i]) == ([50, 25, 75] if m['pictures'] else [])
-        assert (t['people'][i], t['pictures'][i]) == (str(m['people']), str(m['pictures']))
+    for i, m in enumerate(made): check_row(t, i, m)
     assert 'official weights' not in benchmark_table(r) and 'too few' not in benchmark_table(r)
 
 
@@ -431,7 +447,7 @@ def test_names_and_an_executor(album, tmp_path):
     """Two named models with few steps, here and on an executor: the same numbers; the labels of a
     dictionary; one worker loads by name."""
     few = dict(num_samples=1, num_inference_steps=2, progress=False)
-    people = dict(list(find_people(album).items())[:2])
+    people = dict(list(name_people(album).items())[:2])
     here = benchmark(['tiny-faceid', 'tiny-portrait'], people, tmp_path/'here', **few)
     sent = []
     class Pool(cf.ThreadPoolExecutor):

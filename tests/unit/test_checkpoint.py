@@ -1,10 +1,11 @@
 """Checkpoints: the official layouts read back to the bit, hostile and broken files refused by name,
 nothing half written."""
 import importlib.util, json, os, pickle
+from itertools import product
 from pathlib import Path
-import numpy as np, pytest, torch
+import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from faceid_nb import checkpoint as C, convert as V, lora as L
 from faceid_nb.errors import (ArgumentError, BaseModelError, CheckpointError, LoRAError,
                               UnsafeCheckpointError, VariantError)
@@ -27,10 +28,17 @@ def official(name):
             for part in spec if part != 'seed'}
 
 
+def flat(state):
+    "{'image_proj.proj.0.weight': ...}: the sections in the names."
+    out = {}
+    for section, tensors in state.items(): out |= {f'{section}.{k}': t for k, t in tensors.items()}
+    return out
+
+
 def write(state, path):
     "Written as the releases are, without our own code."
     if path.suffix == '.bin': torch.save(state, path)
-    else: save_file({f'{s}.{k}': t for s, ts in state.items() for k, t in ts.items()}, path)
+    else: save_file(flat(state), path)
     return path
 
 
@@ -101,9 +109,9 @@ def test_any_shape_comes_back(tmp_path, width, tokens, rank, layers, embed, dtyp
 def test_content_decides_not_the_suffix(tmp_path, good):
     good.rename(tmp_path / 'a.safetensors')
     assert C.read_checkpoint(tmp_path / 'a.safetensors').num_tokens == 4
-    save_file({f'{s}.{k}': t for s, ts in tiny().items() for k, t in ts.items()}, tmp_path / 'b.bin')
+    save_file(flat(tiny()), tmp_path / 'b.bin')
     assert C.read_checkpoint(tmp_path / 'b.bin').embedding_dim == 16
-    torch.save({f'{s}.{k}': t for s, ts in tiny().items() for k, t in ts.items()}, tmp_path / 'flat.pt')
+    torch.save(flat(tiny()), tmp_path / 'flat.pt')
     assert C.read_checkpoint(tmp_path / 'flat.pt').lora_rank == 2
 
 
@@ -213,8 +221,9 @@ BROKEN = {'web page': (b'<!DOCTYPE html><html>', 'web page'),
 def test_broken(tmp_path, what):
     data, says = BROKEN[what]
     path = tmp_path / 'mine.bin'
-    path.write_bytes(data) if isinstance(data,
-                                         bytes) else torch.save(data() if callable(data) else data, path)
+    if callable(data): data = data()
+    if isinstance(data, bytes): path.write_bytes(data)
+    else: torch.save(data, path)
     with pytest.raises(CheckpointError, match=says) as e: C.read_checkpoint(path)
     assert e.value.wrong
     assert 'mine.bin' in e.value.wrong
@@ -279,9 +288,9 @@ def test_saves_parameters_that_share_storage_and_carry_gradients(tmp_path):
 
 
 # --- the separate LoRA
-PATHS = [f'{b}.attentions.{i}.transformer_blocks.0.attn{n}.{p}'
-         for b in ('down_blocks.0', 'up_blocks.3', 'mid_block') for i in (0, 10) for n in (1, 2)
-         for p in ('to_q', 'to_k', 'to_v', 'to_out.0')]
+PLACES = product(('down_blocks.0', 'up_blocks.3', 'mid_block'), (0, 10), (1, 2),
+                 ('to_q', 'to_k', 'to_v', 'to_out.0'))
+PATHS = [f'{block}.attentions.{i}.transformer_blocks.0.attn{n}.{part}' for block, i, n, part in PLACES]
 DIALECTS = {'peft': lambda p, h: f'unet.{p}.lora_{"AB"[h]}.weight',
             'peft adapter': lambda p, h: f'base_model.model.{p}.lora_{"AB"[h]}.default.weight',
             'bare': lambda p, h: f'{p}.lora_{"AB"[h]}.weight',
@@ -294,7 +303,7 @@ DIALECTS = {'peft': lambda p, h: f'unet.{p}.lora_{"AB"[h]}.weight',
 
 @pytest.mark.parametrize('dialect', DIALECTS)
 def test_lora_dialects(tmp_path, dialect):
-    want = {f'{p}.{h}': torch.randn((2, 8) if h == 'down' else (8, 2)) for p in PATHS for h in ('down', 'up')}
+    want = {f'{p}.down': torch.randn(2, 8) for p in PATHS} | {f'{p}.up': torch.randn(8, 2) for p in PATHS}
     save_file({DIALECTS[dialect](*(k.rsplit('.', 1)[0], int(k.endswith('up')))): t for k, t in want.items()},
               tmp_path / 'l.safetensors')
     assert same(L.read_lora(tmp_path / 'l.safetensors'), want)
@@ -312,11 +321,18 @@ def test_lora_alpha():
     assert len(out) == 2
 
 
+def pair(key, down, up): return {f'{key}.lora_A.weight': down, f'{key}.lora_B.weight': up}
+
 @pytest.mark.parametrize('tensors, says', [
-    (lambda k: {f'{k}.lora_A.weight': torch.zeros(2, 8)}, 'only its down'), (lambda k: {f'{k}.lora_A.weight': torch.zeros(2, 8), f'{k}.lora_B.weight': torch.zeros(8, 3)}, 'do not fit'),
-    (lambda k: {f'{k}.lora_A.weight': torch.zeros(2, 8, 1, 1), f'{k}.lora_B.weight': torch.zeros(8, 2, 1, 1)}, 'do not fit'), (lambda k: {f'{k}.lora_A.weight': torch.full((2, 8), float('nan')), f'{k}.lora_B.weight': torch.zeros(8, 2)}, 'not finite'),
-    (lambda k: {'text_encoder.layers.0.q.lora_A.weight': torch.zeros(2, 8)}, 'text_encoder'), (lambda k: {'lora_unet_input_blocks_1_1_proj_in.lora_down.weight': torch.zeros(2, 8)}, 'input_blocks'),
-    (lambda k: {'weight': torch.zeros(2)}, 'not a LoRA'), (lambda k: {f'image_proj.{k}': torch.zeros(2)}, 'not its separate LoRA'), (lambda k: {}, 'no LoRA'), (lambda k: [1], 'list')])
+    (lambda k: {f'{k}.lora_A.weight': torch.zeros(2, 8)}, 'only its down'),
+    (lambda k: pair(k, torch.zeros(2, 8), torch.zeros(8, 3)), 'do not fit'),
+    (lambda k: pair(k, torch.zeros(2, 8, 1, 1), torch.zeros(8, 2, 1, 1)), 'do not fit'),
+    (lambda k: pair(k, torch.full((2, 8), float('nan')), torch.zeros(8, 2)), 'not finite'),
+    (lambda k: {'text_encoder.layers.0.q.lora_A.weight': torch.zeros(2, 8)}, 'text_encoder'),
+    (lambda k: {'lora_unet_input_blocks_1_1_proj_in.lora_down.weight': torch.zeros(2, 8)}, 'input_blocks'),
+    (lambda k: {'weight': torch.zeros(2)}, 'not a LoRA'),
+    (lambda k: {f'image_proj.{k}': torch.zeros(2)}, 'not its separate LoRA'),
+    (lambda k: {}, 'no LoRA'), (lambda k: [1], 'list')])
 def test_lora_refused(tensors, says):
     with pytest.raises(LoRAError, match=says):
         L.normal_lora(tensors('unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q'))
@@ -414,9 +430,12 @@ def test_unnormalised_portrait_inside_diffusers(kind):
     unet = UNet2DConditionModel(**cases['configs'][kind])
     names = list(unet.attn_processors)
     s = raw(d=unet.config.cross_attention_dim)
-    s['ip_adapter'] = {f'{i}.to_{x}_ip.weight': torch.randn(
-        unet.get_submodule(n.removesuffix('.processor')).inner_dim, unet.config.cross_attention_dim)
-                       for i, n in enumerate(names) if 'attn2' in n for x in 'kv'}
+    layers = s['ip_adapter'] = {}
+    for i, name in enumerate(names):
+        if 'attn2' not in name: continue
+        width = unet.get_submodule(name.removesuffix('.processor')).inner_dim
+        for part in 'kv':
+            layers[f'{i}.to_{part}_ip.weight'] = torch.randn(width, unet.config.cross_attention_dim)
     unet._load_ip_adapter_weights([s], low_cpu_mem_usage=False)
     held, c = unet.state_dict(), C.check_state(s)
     said = V.to_diffusers(c, names)

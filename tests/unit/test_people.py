@@ -28,9 +28,12 @@ def test_large_photographs_are_drawn_a_few_at_a_time_in_their_order():
     made = P.render(people, seed=5, size=256, yaw=[.1*k for k in range(6)])
     s = P.sample_scenes(6, torch.Generator().manual_seed(5))
     s['yaw'] = torch.tensor([.1*k for k in range(6)])
-    images, landmarks, boxes = P.draw({k: torch.cat([p.numbers[k] for p in people]) for k in people[0].numbers}, s, 256)
+    images, landmarks, boxes = P.draw({k: torch.cat([p.numbers[k] for p in people])
+                                       for k in people[0].numbers}, s, 256)
     for photo, image, l, b in zip(made, images, landmarks, boxes, strict=True):
-        assert abs(np.asarray(photo.image, np.float32) - 255*image.permute(1, 2, 0).numpy()).max() < .6 and np.allclose(photo.landmarks, l, atol=1e-4) and np.allclose(photo.box, b, atol=1e-4)
+        assert abs(np.asarray(photo.image, np.float32) - 255*image.permute(1, 2, 0).numpy()).max() < .6
+        assert np.allclose(photo.landmarks, l, atol=1e-4)
+        assert np.allclose(photo.box, b, atol=1e-4)
 
 
 @pytest.mark.parametrize('size', [64, 200, 512])
@@ -38,13 +41,15 @@ def test_landmarks_are_where_the_irises_are_drawn(size):
     g = torch.Generator().manual_seed(size)
     p, s = P.sample_identities(12, g), P.sample_scenes(12, g)
     p |= dict(eyes=torch.tensor([[1., 0., 1.]]).expand(12, 3), eye_tilt=torch.zeros(12))
-    s |= dict(glasses=torch.zeros(12), hat=torch.zeros(12), yaw=torch.zeros(12), pitch=torch.zeros(12), expression=torch.zeros(12, dtype=torch.long))
+    s |= dict(glasses=torch.zeros(12), hat=torch.zeros(12), yaw=torch.zeros(12), pitch=torch.zeros(12),
+              expression=torch.zeros(12, dtype=torch.long))
     images, landmarks, boxes = P.draw(p, s, size)
     pink = ((images[:, 0] > .6) & (images[:, 1] < .3) & (images[:, 2] > .6)).float()
     y, x = torch.meshgrid(torch.arange(float(size)), torch.arange(float(size)), indexing='ij')
     centre = torch.stack([(pink*x).sum((1, 2)), (pink*y).sum((1, 2))], -1)/pink.sum((1, 2))[:, None]
     apart = (landmarks[:, 1] - landmarks[:, 0]).norm(dim=1)
-    assert ((centre - landmarks[:, :2].mean(1)).norm(dim=1)/apart).max() < (.16 if size == 64 else .06)  # at 64 pixels the catch-light hides part of an iris
+    # at 64 pixels the catch-light hides part of an iris
+    assert ((centre - landmarks[:, :2].mean(1)).norm(dim=1)/apart).max() < (.16 if size == 64 else .06)
     inside = (landmarks > boxes[:, None, :2]) & (landmarks < boxes[:, None, 2:])
     assert inside.all()
 
@@ -55,7 +60,7 @@ def test_landmarks_follow_the_head():
     left, right = P.render(one, x=[-.2, .2], **still)
     assert np.allclose(right.landmarks - left.landmarks, [20, 0], atol=1e-3)
     small, big = P.render(one, x=0, **still | dict(zoom=[.5, 1]))
-    spread = lambda photo: np.linalg.norm(photo.landmarks[1] - photo.landmarks[0])
+    def spread(photo): return np.linalg.norm(photo.landmarks[1] - photo.landmarks[0])
     assert np.isclose(spread(big), 2*spread(small), rtol=1e-4)
     turned = P.render(one, x=0, **still | dict(yaw=[-.4, .4]))
     assert turned[0].landmarks[2, 0] < 50 < turned[1].landmarks[2, 0], 'the nose points where the head turns'
@@ -69,8 +74,10 @@ def test_size_changes_the_resolution_and_nothing_else():
 
 
 def test_captions_say_what_is_drawn():
-    photo, = P.render(P.sample_people(1, 3), shirt='red', background='night', expression='frowning', glasses=1, hat='blue')
-    assert photo.caption == 'photo of a person in a red shirt, frowning, night background, wearing glasses, wearing a blue hat'
+    photo, = P.render(P.sample_people(1, 3), shirt='red', background='night', expression='frowning',
+                      glasses=1, hat='blue')
+    assert (photo.caption == 'photo of a person in a red shirt, frowning, night background, wearing glasses, '
+            'wearing a blue hat')
     pixels = np.asarray(photo.image)/255
     assert np.abs(pixels[-2, 28:36].mean(0) - P.COLOURS['red']).max() < .15
     words = set(P.vocabulary())
@@ -95,7 +102,8 @@ def test_people_can_be_painted_over_any_background():
     assert torch.equal(image[0, :, 0, 0], flat[0, :, 0, 0]) and not torch.allclose(image, flat)
 
 
-@pytest.mark.parametrize('scene, says', [(dict(shirt='crimson'), 'crimson'), (dict(moustache=1), 'moustache'), (dict(expression='angry'), 'smiling'),
+@pytest.mark.parametrize('scene, says', [(dict(shirt='crimson'), 'crimson'), (dict(moustache=1), 'moustache'),
+                                         (dict(expression='angry'), 'smiling'),
                                          (dict(glasses=[1, 0]), '2 values for 1 people')])
 def test_errors_name_what_was_found(scene, says):
     with pytest.raises(ArgumentError, match=says): P.render(P.sample_people(1, 0), **scene)

@@ -1,7 +1,7 @@
 """Figures: every picture and number stands where it belongs, no text covers another, a missing cell shows,
 and nothing is left in pyplot."""
 import io, re
-from itertools import combinations, product
+from itertools import chain, combinations, product
 import matplotlib, numpy as np, pandas as pd, pytest
 from hypothesis import given, strategies as st
 from matplotlib.colors import to_rgb
@@ -95,7 +95,8 @@ def condition(layers=3, steps=4, rows=2, N=16, T=4, seed=0):
             def one(w):
                 return np.kron(w.transpose(0, 2, 1).reshape(rows, T, side, side),
                                np.ones((size[0]//side, size[1]//side)))
-            return np.mean([one(w) for p in layers or self.maps for w in self.maps[p][steps]], 0)
+            chosen = chain.from_iterable(self.maps[p][steps] for p in layers or self.maps)
+            return np.mean([one(w) for w in chosen], 0)
     return Recorded()
 
 FIGURES = dict(grid=lambda t: P.structure_grid(t[(t.face == 'Ben') & (t.scale == .8)],
@@ -181,8 +182,10 @@ def test_a_cell_shows_a_figure_once(draw, kind, table, monkeypatch):
 def test_the_import_is_light(fresh):
     out = fresh('''
 import sys, faceid_nb.plots as P
-print([m for m in ('torch', 'pandas', 'cv2', 'matplotlib.pyplot', 'IPython', 'onnxruntime') if m in sys.modules])
-P.trade_off(dict(adherence=[.1, .2], likeness=[.2, .1], scale=[1, 2])); P.structure_grid(dict(seed=[1], s_scale=[1], image=[None]))
+heavy = 'torch pandas cv2 matplotlib.pyplot IPython onnxruntime'.split()
+print([m for m in heavy if m in sys.modules])
+P.trade_off(dict(adherence=[.1, .2], likeness=[.2, .1], scale=[1, 2]))
+P.structure_grid(dict(seed=[1], s_scale=[1], image=[None]))
 print([m for m in ('torch', 'matplotlib.pyplot') if m in sys.modules])
 ''')
     assert out == '[]\n[]\n'
@@ -237,25 +240,39 @@ def test_columns_that_hold_no_numbers(table):
 
 # -- the grid
 
-@pytest.mark.parametrize('rows, columns', [('seed', 's_scale'), ('s_scale', 'seed')])
-def test_each_picture_in_its_place(one, rows, columns):
+BOTH_WAYS = [('seed', 's_scale'), ('s_scale', 'seed')]
+
+def placed(one, rows, columns):
+    "Where a grid has its pictures {(row, column): box}, its photograph, and its texts."
     figure = P.structure_grid(one.sample(frac=1, random_state=1), rows, columns, reference=flat('red'))
-    image, texts = pixels(figure), drawn_texts(figure)
+    image = pixels(figure)
     boxes = {(r[rows], r[columns]): place(image, r.image.getpixel((0, 0))) for _, r in one.iterrows()}
-    photo = place(image, (255, 0, 0))
+    return boxes, place(image, (255, 0, 0)), drawn_texts(figure)
+
+@pytest.mark.parametrize('rows, columns', BOTH_WAYS)
+def test_each_picture_in_its_place(one, rows, columns):
+    boxes, photo, _ = placed(one, rows, columns)
     assert len({(b[2] - b[0], b[3] - b[1]) for b in [*boxes.values(), photo]}) <= 4
     assert all(abs((b[2] - b[0]) - (b[3] - b[1])) <= 1 for b in boxes.values())
     for a, b in combinations(boxes, 2):
-        (la, ta, ra, ba), (lb, tb, rb, bb) = boxes[a], boxes[b]
+        (la, ta, ra, ba), (lb, tb, *_) = boxes[a], boxes[b]
         assert (abs(ta - tb) <= 1) == (a[0] == b[0]) and (abs(la - lb) <= 1) == (a[1] == b[1])
         if a[0] < b[0]: assert ba < tb
         if a[1] < b[1]: assert ra < lb
     assert all(photo[2] < b[0] for b in boxes.values())
     assert abs(photo[1] - min(b[1] for b in boxes.values())) <= 1
-    for _, r in one.iterrows():      # its numbers stand below it
+
+@pytest.mark.parametrize('rows, columns', BOTH_WAYS)
+def test_numbers_stand_below_their_picture(one, rows, columns):
+    boxes, _, texts = placed(one, rows, columns)
+    for _, r in one.iterrows():
         left, _, right, bottom = boxes[r[rows], r[columns]]
         below = [t for t, b, _ in texts if left <= (b[0] + b[2])/2 <= right and 0 <= b[1] - bottom < 6]
         assert below == [f'{r.likeness:.2f} / {r.distance:.2f}']
+
+@pytest.mark.parametrize('rows, columns', BOTH_WAYS)
+def test_heads_stand_over_columns_and_beside_rows(one, rows, columns):
+    boxes, photo, texts = placed(one, rows, columns)
     heads = {t: b for t, b, _ in texts}
     for v in one[columns].unique():
         b = heads[f'{columns} {P._label(v)}']
@@ -304,39 +321,41 @@ def test_tall_pictures_keep_their_shape(one):
     b = place(sheet, colour_of(0))
     assert b[0] < 10 and b[1] < 10
 
-def test_missing_cells_are_grey_and_say_why(one, tmp_path):
-    path = tmp_path/'kept.png'
-    flat((9, 8, 7)).save(path)
+def with_gaps(one, folder):
+    "A grid that lacks five of six pictures, each for another reason; and which row is kept."
+    flat((9, 8, 7)).save(folder/'kept.png')
     t = one.copy().astype(dict(image=object))
-    def at(seed, s): return t.index[(t.seed == seed) & (t.s_scale == s)][0]
-    t.at[at(3, 0.), 'image'], t.at[at(3, 0.), 'state'], t.at[at(3,
-                                                                0.), 'error'] = (None, 'failed',
-                                                                                 'out of memory')
-    t.at[at(3, .5), 'image'] = None
-    t.at[at(3, 1.), 'image'] = str(path)
-    t.at[at(4, 0.), 'image'] = tmp_path/'no.png'
-    t.at[at(4, .5), 'image'], t.at[at(4, .5), 'state'] = None, 'waiting'
-    t = t.drop(at(4, 1.))
+    def row(seed, s): return t.index[(t.seed == seed) & (t.s_scale == s)][0]
+    t.loc[row(3, 0.), ['image', 'state', 'error']] = None, 'failed', 'out of memory'
+    t.at[row(3, .5), 'image'] = None
+    t.at[row(3, 1.), 'image'] = str(folder/'kept.png')
+    t.at[row(4, 0.), 'image'] = folder/'no.png'
+    t.loc[row(4, .5), ['image', 'state']] = None, 'waiting'
+    return t.drop(row(4, 1.)), one.loc[row(3, 1.)]
+
+def test_missing_cells_are_grey_and_say_why(one, tmp_path):
+    t, kept = with_gaps(one, tmp_path)
     figure = P.structure_grid(t)
     image = pixels(figure)
     place(image, (9, 8, 7))
     texts = check_layout(figure)
-    grey = [g.get_window_extent() for ax in figure.axes if not ax.images for g in ax.patches]
+    empty = [ax for ax in figure.axes if not ax.images]
+    grey = [g.get_window_extent() for g in chain.from_iterable(ax.patches for ax in empty)]
     seen = {}
     for b in grey:
         x0, x1, y0, y1 = b.x0, b.x1, image.shape[0] - b.y1, image.shape[0] - b.y0
         assert (image[int(y0) + 2, int(x0) + 2] == GREY).all()
         assert (image[int(y1) - 3, int(x1) - 3] == GREY).all()
-        seen[round(y0), round(x0)] = ' '.join(t.replace('\n', ' ')
-                                              for t, (l, u, r, d), _ in texts if x0 <= l and r <= x1
-                                              and y0 <= u and d <= y1)
-        assert not [t for t, (l, u, r, d), _ in texts if x0 <= l and r <= x1 and 0 <= u - y1 < 6]
+        across = [(t, u, d) for t, (l, u, r, d), _ in texts if x0 <= l and r <= x1]
+        inside = [t.replace('\n', ' ') for t, u, d in across if y0 <= u and d <= y1]
+        seen[round(y0), round(x0)] = ' '.join(inside)
+        assert not [t for t, u, _ in across if 0 <= u - y1 < 6]
     reasons = [seen[k] for k in sorted(seen)]
     assert reasons[:2] == ['out of memory', 'no picture']
     assert 'There is no' in reasons[2]
     assert reasons[3:] == ['waiting', 'not made']
-    assert [t for t, *_ in texts if ' / ' in t
-            and 'below' not in t] == [f'{one.likeness[at(3, 1.)]:.2f} / {one.distance[at(3, 1.)]:.2f}']
+    numbers = [t for t, *_ in texts if ' / ' in t and 'below' not in t]
+    assert numbers == [f'{kept.likeness:.2f} / {kept.distance:.2f}']
 
 def test_no_face_is_said(one):
     t = one.copy()
@@ -450,7 +469,7 @@ def test_numbers_can_be_read_on_every_colour():
     assert len(texts) == 10
     assert all(abs(light(np.array(to_rgb(t.get_color()))) - light(g)) > .3 for t, g in zip(texts, ground))
 
-def test_nan_is_hatched_and_what_was_not_made_is_empty(table):
+def test_nan_is_hatched():
     values = np.array([[.1, np.nan], [.5, .9]])
     figure = P.similarity_heatmap(values, owner=False)
     colours = cell_colours(figure, 2, 2)
@@ -467,6 +486,9 @@ def test_nan_is_hatched_and_what_was_not_made_is_empty(table):
     assert 'nan' in texts
     assert any('no face' in t for t in texts)
     assert not any('no face' in t for t, *_ in drawn_texts(P.similarity_heatmap(np.eye(2))))
+    check_layout(P.similarity_heatmap(np.full((2, 2), np.nan)))
+
+def test_what_was_not_made_is_empty(table):
     t = table[~((table.scale == .4) & (table.s_scale == 0))].copy()
     t.loc[(t.scale == .8) & (t.s_scale == .5), 'likeness'] = np.nan
     figure = P.knob_heatmap(t)
@@ -474,9 +496,8 @@ def test_nan_is_hatched_and_what_was_not_made_is_empty(table):
     assert (colours[0, 0] == 255).all() and np.ptp(colours[1, 1]) == 0 and (colours[1, 1] < 250).all()
     texts = [x for x, *_ in check_layout(figure)]
     assert texts.count('nan') == 1
-    assert sum(bool(re.fullmatch(r'-?\d\.\d\d', x))
-               for x in texts if x not in {l.get_text() for l in figure.axes[1].get_yticklabels()}) >= 7
-    check_layout(P.similarity_heatmap(np.full((2, 2), np.nan)))
+    of_the_bar = {l.get_text() for l in figure.axes[1].get_yticklabels()}
+    assert sum(bool(re.fullmatch(r'-?\d\.\d\d', x)) for x in texts if x not in of_the_bar) >= 7
 
 def frames(figure):
     return sorted({(round(p.get_y() + .5), round(p.get_x() + .5))
@@ -562,7 +583,7 @@ def test_curves_are_means_over_people(table):
         np.testing.assert_allclose(bars(container), wanted, rtol=1e-9)
         assert ax.get_xlabel() == 'scale'
     assert [l.get_ydata()[0] for l in figure.axes[0].lines if l.get_linestyle() == '--'] == [.8]
-    assert not [l for ax in figure.axes[1:] for l in ax.lines if l.get_linestyle() == '--']
+    assert not any(l.get_linestyle() == '--' for l in chain.from_iterable(ax.lines for ax in figure.axes[1:]))
     (container,) = P.curves(t, y='likeness', group=None).axes[0].containers
     np.testing.assert_allclose(bars(container),
                                [(s, *mean_interval(p.likeness)[:2]) for s, p in t.groupby('scale')])
@@ -663,13 +684,18 @@ def test_pareto_ties_and_shapes():
 def named(figure):
     return sorted(t.get_text().replace('\n', ' ').replace('\xa0', ' ') for t in figure.axes[0].texts)
 
+def setting(scale, s_scale): return f'scale {scale:g}, s_scale {s_scale:g}'
+
+def traded(table, x, sign):
+    "The axes of a trade-off, the means of its settings, and which of them nothing beats."
+    by = ['scale', 's_scale']
+    figure = P.trade_off(table, x, by=tuple(by), chosen=dict(s_scale=.5, scale=1.2))
+    means = table.groupby([*by, 'face'])[[x, 'likeness']].mean().groupby(by).mean()
+    return figure.axes[0], means, brute((means*[sign, 1]).values)
+
 @pytest.mark.parametrize('x, sign', [('adherence', 1), ('distance', -1)])
-def test_trade_off(table, x, sign):
-    by = ('scale', 's_scale')
-    figure = P.trade_off(table, x, by=by, chosen=dict(s_scale=.5, scale=1.2))
-    ax = figure.axes[0]
-    means = table.groupby([*by, 'face'])[[x, 'likeness']].mean().groupby(list(by)).mean()
-    front = brute((means*[sign, 1]).values)
+def test_trade_off_draws_settings_and_front(table, x, sign):
+    ax, means, front = traded(table, x, sign)
     assert 1 <= sum(front) < len(front)
     lines = {c.get_label(): c.lines[0].get_xydata() for c in ax.containers}
     np.testing.assert_allclose(sorted(lines['none is better in both'].tolist()),
@@ -678,21 +704,29 @@ def test_trade_off(table, x, sign):
                                sorted(means[~np.array(front)].values.tolist()))
     (ring,) = [l for l in ax.lines if l.get_label() == 'chosen']
     np.testing.assert_allclose(ring.get_xydata(), [means.loc[(1.2, .5)].values])
-    assert named(figure) == sorted({f'scale {a:g}, s_scale {b:g}'
-                                    for (a, b), f in zip(means.index,
-                                                         front) if f} | {'scale 1.2, s_scale 0.5'})
+    (joined,) = [l.get_xydata() for l in ax.lines if l.get_linestyle() == ':']
+    assert (np.diff(joined[:, 0]) >= 0).all() and len(joined) == sum(front)
+
+@pytest.mark.parametrize('x, sign', [('adherence', 1), ('distance', -1)])
+def test_trade_off_names_the_front_and_the_chosen(table, x, sign):
+    ax, means, front = traded(table, x, sign)
+    best = {setting(*at) for at, f in zip(means.index, front) if f}
+    assert named(ax.figure) == sorted(best | {setting(1.2, .5)})
     assert ('less is better' in ax.get_xlabel()) == (sign < 0)
-    check_layout(figure)
-    joined = [l.get_xydata() for l in ax.lines if l.get_linestyle() == ':']
-    assert len(joined) == 1 and (np.diff(joined[0][:, 0]) >= 0).all() and len(joined[0]) == sum(front)
-    for text in ax.texts:      # nearest to its own point
-        b = text.get_window_extent()
+    check_layout(ax.figure)
+
+@pytest.mark.parametrize('x, sign', [('adherence', 1), ('distance', -1)])
+def test_a_name_stands_nearest_to_its_own_point(table, x, sign):
+    ax, means, _ = traded(table, x, sign)
+    check_layout(ax.figure)
+    for text in ax.texts:
+        b = Text.get_window_extent(text)   # without the line that leads to its point
         at = ax.transData.transform(means.values)
         gap = np.hypot(np.maximum(np.maximum(b.x0 - at[:, 0], at[:, 0] - b.x1), 0),
                        np.maximum(np.maximum(b.y0 - at[:, 1], at[:, 1] - b.y1), 0))
         assert gap.min() > 2
-        own = [f'scale {a:g}, s_scale {c:g}'
-               for a, c in means.index].index(text.get_text().replace('\n', ' ').replace('\xa0', ' '))
+        names = [setting(*at) for at in means.index]
+        own = names.index(text.get_text().replace('\n', ' ').replace('\xa0', ' '))
         assert gap[own] < 150 and text.xy == pytest.approx(tuple(means.values[own]))
 
 def test_trade_off_intervals_and_gaps(table):
@@ -704,10 +738,10 @@ def test_trade_off_intervals_and_gaps(table):
     assert any('54 pictures of 3 faces, 18 of them without a number; 1 of 3 settings' in x.replace('\n', ' ')
                for x, *_ in check_layout(figure))
     assert named(figure) == ['scale 0.4', 'scale 1.2']
-    halves = [(s[1] - s[0]).max()/2 for part in c.lines[2] for s in part.get_segments()]
-    wanted = [mean_interval(p[k], p.face)[1] for k in ('adherence', 'likeness')
-              for _, p in t[t.scale != .8].groupby('scale')]
-    np.testing.assert_allclose(halves, wanted)
+    settings = [part for _, part in t[t.scale != .8].groupby('scale')]
+    for drawn, column in zip(c.lines[2], ('adherence', 'likeness')):
+        halves = [(s[1] - s[0]).max()/2 for s in drawn.get_segments()]
+        np.testing.assert_allclose(halves, [mean_interval(part[column], part.face)[1] for part in settings])
     check_layout(P.trade_off(t.assign(likeness=np.nan)))
     assert named(P.trade_off(table, chosen=1.2)) == ['scale 0.4', 'scale 0.8', 'scale 1.2']
     for wrong in (.7, dict(scale=.7), dict(seed=3)):
@@ -816,7 +850,7 @@ def test_attention_errors():
 
 # -- files
 
-def test_export(table, tmp_path):
+def test_export_of_a_picture_and_its_table(table, tmp_path):
     t = table.assign(path=[f'out/{k}.png' for k in table.index],
                      mixed=[flat('red') if k % 2 else f'{k}.png' for k in table.index])
     figure = P.knob_heatmap(t)
@@ -833,6 +867,9 @@ def test_export(table, tmp_path):
     assert back.mixed[0] == '0.png'
     assert back.mixed.isna()[1]
     np.testing.assert_allclose(back.likeness, table.likeness, rtol=1e-12)
+    assert isinstance(t.image[0], Image.Image) and isinstance(t.mixed[1], Image.Image)
+
+def test_export_of_a_pdf(table, tmp_path):
     pdf = P.export_figure(FIGURES['grid'](table), str(tmp_path/'b.pdf')).read_bytes()
     assert pdf.startswith(b'%PDF')
     assert pdf.count(b'/Type /Page\n') + pdf.count(b'/Type /Page ') == 1
@@ -840,8 +877,10 @@ def test_export(table, tmp_path):
     assert b'CreationDate' not in pdf
     assert not (tmp_path/'b.csv').exists()
     assert pdf == P.export_figure(FIGURES['grid'](table), tmp_path/'c.pdf').read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['b.pdf', 'c.pdf', 'new folder']
-    assert isinstance(t.image[0], Image.Image) and isinstance(t.mixed[1], Image.Image)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['b.pdf', 'c.pdf']
+
+def test_export_keeps_an_index_that_says_something(table, tmp_path):
+    figure = P.knob_heatmap(table)
     matrix = pd.DataFrame([[1., .5]], ['Ada'], ['Ada', 'Ben'])
     P.export_figure(figure, tmp_path/'m.png', matrix)
     assert (tmp_path/'m.csv').read_text() == ',Ada,Ben\nAda,1.0,0.5\n'
@@ -849,6 +888,10 @@ def test_export(table, tmp_path):
     assert (tmp_path/'m.csv').read_text() == 'a\n2\n'
     P.export_figure(figure, tmp_path/'m.png', pd.DataFrame(dict(a=[1], seed=[3])).set_index('seed'))
     assert (tmp_path/'m.csv').read_text() == 'seed,a\n3,1\n'
+
+def test_export_is_not_changed_by_a_style(table, tmp_path):
+    figure = P.knob_heatmap(table)
+    size = pixels(figure).shape
     with matplotlib.rc_context({'savefig.bbox': 'tight'}):
         P.export_figure(figure, tmp_path/'t.png', dpi=100)
         assert Image.open(tmp_path/'t.png').size == size[1::-1]

@@ -1,4 +1,5 @@
-"The tiny pack's detector, recogniser and judge, as insightface loads them, on people that nobody was trained on; and the code that trained them."
+"""The tiny pack's detector, recogniser and judge, as insightface loads them, on people that nobody was
+trained on; and the code that trained them."""
 from pathlib import Path
 import numpy as np
 import onnxruntime
@@ -6,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import faceid_nb
+from faceid_nb.tiny import crops, detector, shipping
 import faceid_nb.tiny.recognizer as rz
 from faceid_nb.align import ARCFACE_TEMPLATE, norm_crop
 from faceid_nb.tiny.people import draw, render, sample_identities, sample_people, sample_scenes
@@ -49,8 +51,10 @@ def test_insightface_routes_the_files(app):
     assert r.input_size == (112, 112) and (r.input_mean, r.input_std) == (127.5, 127.5)
     crops = [np.random.default_rng(i).integers(0, 255, (112, 112, 3), np.uint8) for i in range(3)]
     assert r.get_feat(crops).shape == (3, 512)
-    np.testing.assert_allclose(r.get_feat(crops)[1], r.get_feat(crops[1])[0], atol=1e-3)  # rows of a batch do not mix
-    assert sorted(p.name for p in (TINY/'models'/'tiny').glob('*.onnx')) == ['det.onnx', 'rec.onnx']  # the judge must not lie beside them
+    # rows of a batch do not mix
+    np.testing.assert_allclose(r.get_feat(crops)[1], r.get_feat(crops[1])[0], atol=1e-3)
+    # the judge must not lie beside them
+    assert sorted(p.name for p in (TINY/'models'/'tiny').glob('*.onnx')) == ['det.onnx', 'rec.onnx']
 
 
 @pytest.mark.parametrize('size,n,rate,error', [(64, 60, .98, .04), (256, 12, 1., .05)])
@@ -72,13 +76,16 @@ def test_counts_two_people(app):
         p, s = sample_identities(2, g), sample_scenes(2, g)
         s['zoom'][:], s['x'], s['y'] = .45, torch.tensor([-.5, .5]), torch.tensor([0., .1])
         one = draw({k: v[:1] for k, v in p.items()}, {k: v[:1] for k, v in s.items()}, 128)[0]
-        both = draw({k: v[1:] for k, v in p.items()}, {k: v[1:] for k, v in s.items()}, 128, background=one)[0]
-        hits += len(app.get(np.ascontiguousarray((both[0].permute(1, 2, 0)*255).byte().numpy()[..., ::-1]))) == 2
+        both = draw({k: v[1:] for k, v in p.items()}, {k: v[1:] for k, v in s.items()}, 128,
+                    background=one)[0]
+        hits += (len(app.get(np.ascontiguousarray((both[0].permute(1, 2, 0)*255).byte().numpy()[..., ::-1])))
+                 == 2)
     assert hits >= 7
 
 
 def test_no_face_in_empty_scenes(app):
-    empty = (rz._lay(100, 64, torch.Generator().manual_seed(70))*255).byte().permute(0, 2, 3, 1).numpy()
+    empty = (detector.empty_scenes(100, 64, torch.Generator().manual_seed(70))*255).byte().permute(0, 2, 3,
+                                                                                                   1).numpy()
     assert sum(len(app.models['detection'].detect(e)[0]) > 0 for e in empty) <= 2
     assert not app.get(np.zeros((64, 64, 3), np.uint8)) and not app.get(np.full((100, 300, 3), 255, np.uint8))
 
@@ -91,11 +98,12 @@ def test_detector_reads_any_shape(app, shape):
     canvas[y:y + min(shape), x:x + min(shape)] = bgr(p)
     faces = app.get(canvas)
     assert len(faces) == 1
-    assert np.linalg.norm(faces[0].kps - p.landmarks - [x, y], axis=1).mean() < .15*np.linalg.norm(p.landmarks[0] - p.landmarks[1])
+    assert np.linalg.norm(faces[0].kps - p.landmarks - [x, y],
+                          axis=1).mean() < .15*np.linalg.norm(p.landmarks[0] - p.landmarks[1])
 
 
 @pytest.fixture(scope='module')
-def pictures(): return rz.strangers(100, 4, seed=90)
+def pictures(): return crops.strangers(100, 4, seed=90)
 
 
 @pytest.mark.parametrize('path,tar', [('tiny/rec.onnx', .92), ('judge/rec.onnx', .93)])
@@ -121,12 +129,12 @@ def test_judge_is_another_network(pictures):
 # ---- the code
 
 def test_crops_equal_norm_crop():
-    images, marks, _ = rz.strangers(4, 1, seed=2, size=96)
+    images, marks, _ = crops.strangers(4, 1, seed=2, size=96)
     levels = (images*255).round().byte()
-    ours = rz.align_crops(levels.float()/255, marks).permute(0, 2, 3, 1).numpy()*255
+    ours = crops.align_crops(levels.float()/255, marks).permute(0, 2, 3, 1).numpy()*255
     cv = np.stack([norm_crop(a, m, 112) for a, m in zip(levels.permute(0, 2, 3, 1).numpy(), marks.numpy())])
     assert np.abs(ours - cv).max() < 8 and np.abs(ours - cv).mean() < .6
-    np.testing.assert_array_equal(rz.TEMPLATE.numpy(), ARCFACE_TEMPLATE)
+    np.testing.assert_array_equal(crops.TEMPLATE.numpy(), ARCFACE_TEMPLATE)
 
 
 @pytest.mark.parametrize('kind', ['cosine', 'angle'])
@@ -149,7 +157,7 @@ def test_verification_of_perfect_and_of_random_embeddings():
 
 @pytest.mark.parametrize('n,longest', [(64, 64), (640, 640), (100, 300), (128, 128)])
 def test_shrink_keeps_means_and_positions(n, longest):
-    m = rz._shrink(n, torch.tensor(float(longest)))
+    m = detector.shrink_matrix(n, torch.tensor(float(longest)))
     inside = round(n*128/longest) - 2
     assert (m[:inside].sum(1) - 1).abs().max() < 1e-5 and (m >= 0).all()
     where = m[2:inside] @ torch.arange(n).float()
@@ -163,15 +171,15 @@ def test_refine_follows_an_exact_field():
     grid = torch.stack(torch.meshgrid(axis, axis, indexing='xy'), 0)
     field = ((goal[..., None, None] - grid)/8).reshape(2, 10, 32, 32)
     start = goal[:, None] + torch.randn(2, 7, 5, 2, generator=torch.Generator().manual_seed(1))*4
-    assert (rz.refine(start, field) - goal[:, None]).abs().max() < 1e-3
+    assert (detector.refine(start, field) - goal[:, None]).abs().max() < 1e-3
 
 
 def test_each_face_has_an_anchor():
     boxes = torch.tensor([[[10., 10., 24., 24.], [60., 50., 120., 110.], [0., 0., 0., 0.]]])
     seen = torch.tensor([[True, True, False]])
     answered = set()
-    for stride, sizes in zip(rz.STRIDES, rz.ANCHORS):
-        index, right, near = rz.assign(boxes, seen, stride, sizes)
+    for stride, sizes in zip(detector.STRIDES, detector.ANCHORS):
+        index, right, near = detector.assign(boxes, seen, stride, sizes)
         assert (near | ~right).all()
         answered |= set(index[right].tolist())
     assert answered == {0, 1}
@@ -179,9 +187,9 @@ def test_each_face_has_an_anchor():
 
 def test_detector_onnx_equals_torch(tmp_path):
     torch.manual_seed(0)
-    net = rz.Detector().eval()
+    net = detector.Detector().eval()
     net.heads[0].bias.data[:2] = 0.
-    s = session(rz.save_detector(net, tmp_path/'det.onnx'))
+    s = session(detector.save_detector(net, tmp_path/'det.onnx'))
     for h, w in ((128, 128), (320, 192)):
         x = torch.rand(1, 3, h, w, generator=torch.Generator().manual_seed(1))*2 - 1
         out = s.run(None, {'input': x.numpy()})
@@ -192,20 +200,24 @@ def test_detector_onnx_equals_torch(tmp_path):
 def test_onnx_ships_in_whole_numbers(tmp_path):
     import onnx
     torch.manual_seed(0)
-    net = rz.Detector().eval()
+    net = detector.Detector().eval()
     net.heads[0].bias.data[:2] = 0.
-    file = rz.save_detector(net, tmp_path/'det.onnx')
+    file = detector.save_detector(net, tmp_path/'det.onnx')
     before, size = session(file), file.stat().st_size
-    assert rz.ship_onnx(file) == file and file.stat().st_size < .65*size and not list(tmp_path.glob('*.part'))
+    assert shipping.ship_onnx(file) == file
+    assert file.stat().st_size < .65*size
+    assert not list(tmp_path.glob('*.part'))
     kinds = {w.name: onnx.numpy_helper.to_array(w) for w in onnx.load(str(file)).graph.initializer}
     whole = {k: v for k, v in kinds.items() if v.dtype == np.int8}
     assert len(whole) > 10 and not any(v.dtype == np.float16 for v in kinds.values())
     for name, q in whole.items():   # every row uses its whole range, and has a step of its own
-        assert (np.abs(q.astype(int)).reshape(len(q), -1).max(1) == 127).all() and kinds[name.replace('_whole', '_step')].shape == (len(q), *[1]*(q.ndim - 1))
+        assert (np.abs(q.astype(int)).reshape(len(q), -1).max(1) == 127).all()
+        assert kinds[name.replace('_whole', '_step')].shape == (len(q), *[1]*(q.ndim - 1))
     x = (torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))*2 - 1).numpy()
     a, b = (s.run(None, {'input': x}) for s in (before, session(file)))
     for u, v in zip(a, b): assert 0 < np.abs(u - v).max() < .05*np.abs(u).max() + .02
-    assert any(w.data_type == onnx.TensorProto.INT8 for w in onnx.load(str(TINY/'models'/'tiny'/'rec.onnx')).graph.initializer)
+    assert any(w.data_type == onnx.TensorProto.INT8
+               for w in onnx.load(str(TINY/'models'/'tiny'/'rec.onnx')).graph.initializer)
 
 
 def test_training_repeats_and_resumes(tmp_path):
@@ -218,11 +230,12 @@ def test_training_repeats_and_resumes(tmp_path):
     whole = [r for r in rz.learn_faces(photos, 'rec', steps=4, batch=8, seed=1)][-1]['model'].state_dict()
     for r in rz.learn_faces(photos, 'rec', steps=4, batch=8, seed=1):
         if r['step'] == 2:
-            rz.save_state(r['state'](), tmp_path/'x.ckpt')
+            shipping.save_state(r['state'](), tmp_path/'x.ckpt')
             break
     state = torch.load(tmp_path/'x.ckpt', weights_only=True)
     assert state['step'] == 2
-    again = [r for r in rz.learn_faces(photos, 'rec', steps=4, batch=8, seed=1, state=state)][-1]['model'].state_dict()
+    again = [r for r in rz.learn_faces(photos, 'rec', steps=4, batch=8, seed=1,
+                                       state=state)][-1]['model'].state_dict()
     assert max((whole[k].float() - again[k].float()).abs().max().item() for k in whole) < 1e-5
     with pytest.raises(ValueError, match='larger'): next(rz.learn_faces(photos, 'judge', steps=1))
 
@@ -230,7 +243,7 @@ def test_training_repeats_and_resumes(tmp_path):
 def test_detector_learns_a_little():
     # some are empty
     torch.manual_seed(0)
-    pools = rz.detector_pools(None, 0, 96, 96)
+    pools = detector.detector_pools(None, 0, 96, 96)
     assert pools[0][3].any(1).float().mean() < .95
-    losses = [float(r['loss']) for r in rz.learn_detector(pools, steps=20, batch=16)]
+    losses = [float(r['loss']) for r in detector.learn_detector(pools, steps=20, batch=16)]
     assert np.mean(losses[-3:]) < .9*np.mean(losses[:3])

@@ -1,5 +1,6 @@
 """Every variant under its official name, from a folder: the original's numbers through `load` and
 `FaceID.generate`, and what does not fit refused."""
+import copy
 import shutil
 import pytest, torch
 import goldens_build as gold
@@ -189,17 +190,36 @@ def random_case(kind, base, seed):
     return unet, a, pick
 
 
+def in_diffusers(unet, adapter, scale):
+    "A copy of the UNet with the same weights in diffusers' own processors."
+    theirs = copy.deepcopy(unet)
+    theirs._load_ip_adapter_weights([adapter.state_dict()], low_cpu_mem_usage=False)
+    for processor in theirs.attn_processors.values():
+        if hasattr(processor, 'scale'): processor.scale = [scale]
+    return theirs
+
+class Drawer:
+    "Normal numbers from one seed."
+    def __init__(self, seed): self.generator = torch.Generator().manual_seed(seed)
+    def __call__(self, *shape): return torch.randn(shape, generator=self.generator)
+
+
+def tell_structure(theirs, states, s_scale, shortcut):
+    "What diffusers wants poked into its projection for Plus."
+    projection = theirs.encoder_hid_proj.image_projection_layers[0]
+    projection.shortcut, projection.shortcut_scale, projection.clip_embeds = shortcut, s_scale, states
+
+
 def differ(kind, base, seed):
     "The largest differences between ours and diffusers' predictions, and between ours and those for nobody."
-    import copy
     unet, a, pick = random_case(kind, base, seed)
-    g = torch.Generator().manual_seed(seed)
-    def draw(*shape): return torch.randn(shape, generator=g)
-    B, k, cfg, L, scale = (pick(1, 2, 3), pick(1, 2, 3, 5, 7) if a.variant == 'portrait' else 1,
-                           pick(True, False), pick(5, 17), pick(.4, 1., 1.6))
+    draw = Drawer(seed)
+    B = pick(1, 2, 3)
+    k = pick(1, 2, 3, 5, 7) if a.variant == 'portrait' else 1
+    cfg, L, scale = pick(True, False), pick(5, 17), pick(.4, 1., 1.6)
     e = draw(B, k, 512)*(1 if a.raw else 512**-.5)
     clip, none, s = (draw(B, L, a.structure_width or 1), draw(1, L, a.structure_width or 1),
-                     2*torch.rand(B, generator=g))
+                     2*torch.rand(B, generator=draw.generator))
     x, text, t, parts = draw(B, 4, 8, 8), draw(2*B, 7, unet.config.cross_attention_dim), 500, 1 + cfg
     rows = parts*B
     more = dict(text_embeds=draw(rows, 64), time_ids=draw(rows, 6)) if base == 'sdxl' else {}
@@ -207,15 +227,11 @@ def differ(kind, base, seed):
     def run(net, **kw):
         return net(x.repeat(parts, 1, 1, 1), t, encoder_hidden_states=text[:rows],
                    added_cond_kwargs={**more, **kw}).sample
-    theirs = copy.deepcopy(unet)
-    theirs._load_ip_adapter_weights([a.state_dict()], low_cpu_mem_usage=False)
-    for p in theirs.attn_processors.values():
-        if hasattr(p, 'scale'): p.scale = [scale]
+    theirs = in_diffusers(unet, a, scale)
     both = torch.cat([torch.zeros_like(e), e])[-rows:]
-    proj = theirs.encoder_hid_proj.image_projection_layers[0]
     if a.structure_width:
-        proj.shortcut, proj.shortcut_scale, proj.clip_embeds = kind == 'plusv2', s.repeat(
-            parts)[:, None, None], torch.cat([none.expand(B, -1, -1), clip])[-rows:, None]
+        states = torch.cat([none.expand(B, -1, -1), clip])[-rows:, None]
+        tell_structure(theirs, states, s.repeat(parts)[:, None, None], kind == 'plusv2')
     a.attach(unet)
     with torch.no_grad():
         with a.condition(e if a.variant == 'portrait' else e[:, 0], scale=scale, guidance=parts, **seen):
@@ -277,8 +293,8 @@ def test_unnormalised_is_saved_as_it_came(unnormalised, tmp_path, suffix):
                 read_checkpoint(FaceIDAdapter.from_file(unnormalised).save(tmp_path/f'mine{suffix}')))
     assert now.raw
     assert now.variant == 'portrait'
-    assert all(torch.equal(t, getattr(was, part)[k]) for part in ('image_proj', 'ip_adapter')
-               for k, t in getattr(now, part).items())
+    for part in ('image_proj', 'ip_adapter'):
+        assert all(torch.equal(t, getattr(was, part)[k]) for k, t in getattr(now, part).items())
 
 
 @pytest.mark.parametrize('name', ['ip-adapter-faceid-portrait-v11_sd15.bin',
@@ -288,7 +304,9 @@ def test_portrait_v11_is_laid_out_as_the_first(name, tmp_path):
     from faceid_nb.adapter import FaceIDAdapter
     state = gold.state('ip-adapter-faceid-portrait_sd15.bin')
     if name.endswith('.bin'): torch.save(state, tmp_path/name)
-    else: save_file({f'{p}.{k}': t for p in state for k, t in state[p].items()}, tmp_path/name)
+    else:
+        named = [{f'{part}.{k}': t for k, t in tensors.items()} for part, tensors in state.items()]
+        save_file(named[0] | named[1], tmp_path/name)
     a = FaceIDAdapter.from_file(tmp_path/name)
     assert (a.variant, a.num_tokens, a.raw, a.structure_width) == ('portrait', 16, False, None)
 
