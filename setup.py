@@ -27,7 +27,7 @@ classifiers = [
     licence_classifier, f"Natural Language :: {cfg['language']}",
     *(f'Programming Language :: Python :: {v}' for v in PYTHONS if parse(v) >= parse(cfg['min_python'])),
 ]
-DATA = [f'weights/**/*.{suffix}' for suffix in 'onnx safetensors json jsonl txt md png'.split()]
+WEIGHTS = [f'weights/**/*.{suffix}' for suffix in 'onnx safetensors json jsonl txt md png'.split()]
 
 
 class WithNotebooks(build_py):
@@ -58,7 +58,7 @@ setup(
     extras_require={extra: cfg.get(f'{extra}_requirements', '').split() for extra in ('dev', 'lab', 'gpu')},
     packages=find_packages(include=[name, f'{name}.*']),
     zip_safe=False,
-    package_data={name: DATA},
+    package_data={name: [*WEIGHTS, 'static/*.js', 'static/*.css']},
     entry_points={'console_scripts': cfg.get('console_scripts', '').split(),
                   'nbdev': [f'{name}={name}._modidx:d']},
     cmdclass={'build_py': WithNotebooks},

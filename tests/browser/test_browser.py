@@ -1,47 +1,31 @@
-"The dashboards in a real browser: JupyterLab and Voila on the loopback address with a token, Chromium driven by Playwright."
-import os, re, shutil, socket, statistics, subprocess, sys, time, urllib.error, urllib.request
-from base64 import b64encode
-from contextlib import contextmanager
-from pathlib import Path
+"The dashboards in a real browser: JupyterLab and Voila on the loopback address, Chromium by Playwright."
+import re
+import shutil
+import statistics
+import time
+
+import nbformat
+import numpy as np
 import pytest
-from conftest import ROOT, environment
+from browser_board import SHOTS, BoardPage, script
+from helpers_studio import drawn, executed, largest_difference, two_faces
+from PIL import Image
+from servers import TOKEN, jupyterlab, voila
 
-sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed: pip install playwright')
-CHROMIUM = next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
+from faceid_nb.files import read_record
+
+MISSING = 'playwright is not installed: pip install playwright'
+sync_api = pytest.importorskip('playwright.sync_api', reason=MISSING)
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason='no Chromium here: apt-get install chromium')
-FLAGS = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
-TOKEN = 'a-token-for-the-tests'
-SHOTS = Path(os.environ.get('FACEID_SCREENSHOTS', ROOT/'out'/'screenshots'))   # looked at, and kept by CI
+FLAGS = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
+         '--disable-component-update --disable-sync').split()
+TABS = 'Portrait', 'Structure', 'Similarity', 'Attention'
+OURS = re.compile(r'(https?|wss?)://127\.0\.0\.1[:/]|data:|blob:')
+IDLE = 'Python 3 (ipykernel) | Idle'
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
-
-@contextmanager
-def serving(command, port, log, **dirs):
-    "A server on the loopback address, until the block ends: its address."
-    address = f'http://127.0.0.1:{port}'
-    with open(log, 'w') as out: server = subprocess.Popen(command, env=environment(**dirs), stdout=out, stderr=subprocess.STDOUT)
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f'{address}/api?token={TOKEN}', timeout=2)
-                break
-            except urllib.error.HTTPError: break   # it answers
-            except OSError:
-                assert server.poll() is None, log.read_text()[-2000:]
-                time.sleep(.25)
-        yield address
-    finally:
-        server.terminate()
-        server.wait(20)
-
-
-def jupyter_dirs(home): return {f'JUPYTER_{k}_DIR': str(home/k.lower()) for k in ('CONFIG', 'DATA', 'RUNTIME')}
-
+# the page
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory): return tmp_path_factory.mktemp('jupyter')
@@ -49,13 +33,8 @@ def home(tmp_path_factory): return tmp_path_factory.mktemp('jupyter')
 
 @pytest.fixture(scope='module')
 def lab(project, home):
-    "JupyterLab with folders of its own, serving a copy of the notebooks: its address."
-    port, settings = free_port(), home/'settings'/'@jupyterlab'
-    for name, text in {'apputils-extension/notification': '{"fetchNews": "false", "checkForUpdates": false}', 'notebook-extension/tracker': '{"windowingMode": "none"}'}.items():   # otherwise a cell out of sight leaves the page
-        (settings/name).parent.mkdir(parents=True, exist_ok=True)
-        (settings/f'{name}.jupyterlab-settings').write_text(text)
-    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', f'--ServerApp.port={port}', '--ServerApp.port_retries=0', f'--IdentityProvider.token={TOKEN}', f'--ServerApp.root_dir={project/"nbs"}']
-    with serving(command, port, home/'log', **jupyter_dirs(home), JUPYTERLAB_SETTINGS_DIR=str(home/'settings'), JUPYTERLAB_WORKSPACES_DIR=str(home/'workspaces')) as address: yield address
+    "JupyterLab, serving a copy of the notebooks: its address."
+    with jupyterlab(project/'nbs', home) as address: yield address
 
 
 @pytest.fixture(scope='module')
@@ -66,9 +45,23 @@ def browser():
         browser.close()
 
 
+def run_all_cells(page):
+    "A menu that is opened while the page settles may close again: three attempts."
+    for _ in range(3):
+        try:
+            page.get_by_role('menuitem', name='Run', exact=True).click(timeout=10_000)
+            page.get_by_text('Run All Cells', exact=True).click(timeout=10_000)
+            page.locator('button:has-text("Generate")').first.wait_for(timeout=90_000)
+            return
+        except sync_api.TimeoutError:
+            BoardPage(page).shot('not-started')
+            page.keyboard.press('Escape')
+    raise AssertionError('the page did not run: see not-started.png')
+
+
 @pytest.fixture(scope='module')
 def page(lab, browser):
-    "The dashboards' page, run to its end."
+    "The dashboards' page, run to its end; it notes its errors and what it asks for."
     page = browser.new_page(viewport=dict(width=1280, height=1000))
     page.set_default_timeout(30_000)
     page.wrong, page.asked = [], set()
@@ -76,395 +69,443 @@ def page(lab, browser):
     page.on('request', lambda r: page.asked.add(r.url))
     page.goto(f'{lab}/lab/tree/studio/44_dashboard.ipynb?token={TOKEN}')
     page.locator('.jp-Notebook').wait_for()
-    page.get_by_text('Python 3 (ipykernel) | Idle').wait_for()
+    page.get_by_text(IDLE).wait_for()
     page.wait_for_timeout(1000)
-    for _ in range(3):   # a menu that is opened while the page settles may close again
-        try:
-            page.get_by_role('menuitem', name='Run', exact=True).click(timeout=10_000)
-            page.get_by_text('Run All Cells', exact=True).click(timeout=10_000)
-            page.locator('button:has-text("Generate")').first.wait_for(timeout=90_000)
-            break
-        except sync_api.TimeoutError:
-            shot(page, 'not-started')
-            page.keyboard.press('Escape')
-    else: raise AssertionError('the page did not run: see not-started.png')
-    page.get_by_text('Python 3 (ipykernel) | Idle').wait_for()
+    run_all_cells(page)
+    page.get_by_text(IDLE).wait_for()
     yield page
     page.close()
 
 
 @pytest.fixture(scope='module')
+def board(page): return BoardPage(page)
+
+
+@pytest.fixture(scope='module')
+def folder(project):
+    "Beside the page: the only place that is written to."
+    return project/'nbs'/'studio'/'portraits'
+
+
+@pytest.fixture(scope='module')
 def photographs(tmp_path_factory):
-    from PIL import Image
-    from faceid_nb.tiny.people import render, sample_people
+    "A picture of two faces, one of none, and one that is too large for the line."
     folder = tmp_path_factory.mktemp('photographs')
-    a, b = (p.image for p in render(sample_people(2, 7), seed=1, size=160, hat=None, glasses=0))
-    both = Image.new('RGB', (320, 160))
-    both.paste(a, (0, 0))
-    both.paste(b.resize((120, 120)), (180, 20))
-    both.save(folder/'two.png')
+    two_faces().save(folder/'two.png')
     Image.new('RGB', (96, 96), 'blue').save(folder/'wall.png')
-    import numpy as np
     noise = np.random.default_rng(0).integers(0, 40, (1500, 1500, 3))
-    large = np.asarray(a.resize((1500, 1500)), int)//2 + noise
+    large = np.asarray(drawn(1)[0].resize((1500, 1500)), int)//2 + noise
     Image.fromarray(large.astype(np.uint8)).save(folder/'large.png')
     return folder
 
 
-def shot(page, name):
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SHOTS/f'{name}.png')
-def wait(page, what, seconds=60):
-    "Until `what` holds."
-    end = time.time() + seconds
-    while not what():
-        if time.time() > end:
-            shot(page, 'waited-in-vain')
-            raise AssertionError(board(page).inner_text()[-800:])
-        page.wait_for_timeout(50)
-def board(page): return page.locator('.faceid-board').last
-def button(page, text): return board(page).locator(f'button:has-text("{text}"):visible')
-def tab(page, name):
-    page.get_by_role('tab', name=name).click()
-    page.wait_for_timeout(200)
-def labelled(page, text): return board(page).get_by_label(text, exact=True).locator('visible=true')
-def slider(page, label): return board(page).locator(f'.widget-hslider:has-text("{label}"):visible')
-def set_slider(page, label, value):
-    box = slider(page, label).locator('.widget-readout')
-    box.fill(str(value))
-    box.press('Enter')
-def upload(page, path):
-    with page.expect_file_chooser() as chooser: button(page, 'Drop photographs').click()
-    chooser.value.set_files(path)
-def drop(page, path):
-    "As from a file manager."
-    files = page.evaluate_handle("""([name, data]) => { const t = new DataTransfer(); t.items.add(new File([Uint8Array.from(atob(data), c => c.charCodeAt(0))], name, {type: "image/png"})); return t; }""", [path.name, b64encode(path.read_bytes()).decode()])
-    for kind in ('dragenter', 'dragover', 'drop'): button(page, 'Drop photographs').dispatch_event(kind, dict(dataTransfer=files))
-def likenesses(page): return re.findall(r'likeness (-?\d\.\d\d)\nseed', board(page).inner_text())
-def finished(page, text, seconds=90):
-    page.wait_for_timeout(100)
-    wait(page, lambda: button(page, text).first.is_enabled(), seconds)
-def alert(page): return board(page).get_by_role('alert')
-
-
 # what is visited, in this order
 
-def a_photograph_without_a_face_is_answered_and_the_controls_live(page, photographs):
-    upload(page, photographs/'wall.png')
-    alert(page).wait_for()
-    assert "No face was found in 'wall.png'" in alert(page).inner_text()
-    shot(page, 'no-face')
-    button(page, 'Generate').click()
-    wait(page, lambda: 'Add a photograph' in alert(page).inner_text())
+def a_photograph_without_a_face_is_answered(board, photographs):
+    board.upload(photographs/'wall.png')
+    board.alert.wait_for()
+    assert "No face was found in 'wall.png'" in board.alert.inner_text()
+    board.shot('no-face')
 
 
-def a_large_photograph_is_made_smaller_by_the_browser(page, photographs):
+def the_controls_live_after_an_error(board):
+    board.press('Generate')
+    board.wait(lambda: 'Add a photograph' in board.alert.inner_text())
+
+
+def a_large_photograph_is_made_smaller_by_the_browser(board, photographs):
     assert (photographs/'large.png').stat().st_size > 4e6
-    upload(page, photographs/'large.png')
-    wait(page, lambda: 'large.png' in board(page).inner_text())
-    assert not alert(page).count()
-    button(page, 'remove').click()
-    wait(page, lambda: 'large.png' not in board(page).inner_text())
+    board.upload(photographs/'large.png')
+    board.wait_for_text('large.png')
+    assert not board.alert.count()
+    board.press('remove')
+    board.wait(lambda: 'large.png' not in board.text)
 
 
-def drop_choose_generate_and_likeness(page, photographs):
-    drop(page, photographs/'two.png')
-    wait(page, lambda: 'two.png' in board(page).inner_text())
-    assert not alert(page).count()
-    second, picture = (board(page).locator(l) for l in ('.widget-toggle-buttons button >> nth=1', 'button.faceid-tile:has(img[alt^="two.png"])'))
-    chosen = lambda: 'mod-active' in (second.get_attribute('class') or '')
-    box = picture.locator('img').bounding_box()
-    picture.click(position=dict(x=.8*box['width'], y=.5*box['height']))
-    wait(page, chosen)
-    board(page).locator('.widget-toggle-buttons button').first.click()
-    wait(page, lambda: not chosen())
+def a_photograph_is_dropped(board, photographs):
+    board.drop(photographs/'two.png')
+    board.wait_for_text('two.png')
+    assert not board.alert.count()
+
+
+def a_face_is_chosen_by_a_click_and_by_its_number(board):
+    first, second = (board.find('.widget-toggle-buttons button').nth(i) for i in (0, 1))
+    tile = board.find('button.faceid-tile:has(img[alt^="two.png"])')
+    def chosen(): return 'mod-active' in (second.get_attribute('class') or '')
+    box = tile.locator('img').bounding_box()
+    tile.click(position=dict(x=.8*box['width'], y=.5*box['height']))
+    board.wait(chosen)
+    first.click()
+    board.wait(lambda: not chosen())
     second.click()
-    wait(page, chosen)
-    set_slider(page, 'steps', 12)
-    set_slider(page, 'pictures', 2)
-    go, stop = (button(page, n) for n in ('Generate', 'Stop'))
-    assert stop.is_disabled()
-    go.click()
-    wait(page, lambda: re.search(r'step \d+ of 12', board(page).inner_text()) or len(likenesses(page)) == 2)
-    wait(page, lambda: len(likenesses(page)) == 2)
-    wait(page, lambda: go.is_enabled() and stop.is_disabled())
-    text = board(page).inner_text()
-    assert '2 made in' in text and re.search(r'(cpu|cuda\S*), float\d+ \| memory \d+\.\d of \d+ GB \| faces: \w+ExecutionProvider \| files go into portraits/', text)
+    board.wait(chosen)
 
 
-def stop_in_the_middle_with_a_preview_and_again(page):
-    set_slider(page, 'steps', 200)
-    go, stop = (button(page, n) for n in ('Generate', 'Stop'))
-    go.click()
-    wait(page, lambda: board(page).locator('.faceid-preview img:visible').count() == 2)
-    shot(page, 'preview')
-    seed, took = labelled(page, 'seed'), []
-    for _ in range(5):   # a control that the kernel answers, while it generates
-        took.append(page.evaluate('async ([button, e]) => { const began = performance.now(), v = e.value; button.click(); while (e.value === v) await new Promise(r => setTimeout(r, 1)); return performance.now() - began; }', [board(page).locator('button[title="another seed"]').element_handle(), seed.element_handle()]))
-    assert stop.is_enabled(), 'it ended before the controls were tried'
-    print(f'a click is answered in {statistics.median(took):.0f} ms while it generates (median of 5, from the click to the changed page)')
-    assert statistics.median(took) < 500
+def portraits_are_made_with_progress_and_likeness(board):
+    board.set_slider('steps', 12)
+    board.set_slider('pictures', 2)
+    assert board.button('Stop').is_disabled()
+    board.press('Generate')
+    board.wait(lambda: re.search(r'step \d+ of 12', board.text) or len(board.likenesses) == 2)
+    board.wait(lambda: len(board.likenesses) == 2)
+    board.wait(lambda: board.button('Generate').is_enabled() and board.button('Stop').is_disabled())
+    assert '2 made in' in board.text
+
+
+def the_machine_is_told(board):
+    device, memory = r'(cpu|cuda\S*), float\d+', r'memory \d+\.\d of \d+ GB'
+    faces, files = r'faces: \w+ExecutionProvider', 'files go into portraits/'
+    assert re.search(rf'{device} \| {memory} \| {faces} \| {files}', board.text)
+
+
+def previews_are_shown_while_it_works(board):
+    board.set_slider('steps', 200)
+    board.press('Generate')
+    board.wait(lambda: board.pictures('.faceid-preview').count() == 2)
+    board.shot('preview')
+
+
+def a_click_is_answered_while_it_works(board):
+    seed, dice = board.field('seed'), board.find('button[title="another seed"]')
+    handles = [dice.element_handle(), seed.element_handle()]
+    took = statistics.median(board.page.evaluate(script('answer'), handles) for _ in range(5))
+    assert board.button('Stop').is_enabled(), 'it ended before the controls were tried'
+    print(f'a click is answered in {took:.0f} ms while it generates (median of 5)')
+    assert took < 500
+
+
+def it_is_stopped_in_the_middle(board):
     began = time.time()
-    stop.click()
-    wait(page, lambda: go.is_enabled(), 20)
-    assert time.time() - began < 15 and 'stopped' in board(page).inner_text() and len(likenesses(page)) == 2
-    seed.fill('0')
-    seed.press('Enter')
-    set_slider(page, 'steps', 4)
-    go.click()
-    wait(page, lambda: len(likenesses(page)) == 4)
-    finished(page, 'Generate')
+    board.press('Stop')
+    board.wait(lambda: board.button('Generate').is_enabled(), 20)
+    assert time.time() - began < 15 and 'stopped' in board.text and len(board.likenesses) == 2
 
 
-def controls_fit_the_variant(page):
-    model = labelled(page, 'model')
-    assert slider(page, 'structure').count() == 1
+def it_begins_again_after_a_stop(board):
+    board.enter('seed', 0)
+    board.set_slider('steps', 4)
+    board.press('Generate')
+    board.wait(lambda: len(board.likenesses) == 4)
+    board.wait_for_end('Generate')
+
+
+def controls_fit_the_variant(board):
+    model, structure = board.field('model'), board.slider('structure')
+    assert structure.count() == 1
     model.select_option('tiny-faceid')
-    wait(page, lambda: slider(page, 'structure').count() == 0)
-    model.select_option('sd15-plusv2 (download)')
-    wait(page, lambda: 'download of 4.7 GB or more' in board(page).inner_text() and 'non-commercial research only' in board(page).inner_text())
-    button(page, 'Generate').click()
-    wait(page, lambda: 'is not on this machine' in alert(page).inner_text())
+    board.wait(lambda: structure.count() == 0)
     model.select_option('tiny-plusv2')
-    wait(page, lambda: slider(page, 'structure').count() == 1)
+    board.wait(lambda: structure.count() == 1)
 
 
-def the_code_is_executed_and_a_saved_picture_restores_its_settings(page, project, photographs, monkeypatch):
-    import numpy as np
-    from PIL import Image
-    from faceid_nb.faceid import read_record
-    button(page, 'save').last.click()
-    wait(page, lambda: 'saved as portraits' in board(page).inner_text())
-    file, = (project/'nbs'/'portraits').glob('*.png')
+def nothing_is_downloaded_unasked(board):
+    board.field('model').select_option('sd15-plusv2 (download)')
+    board.wait_for_text('download of 4.7 GB or more')
+    board.wait_for_text('non-commercial research only')
+    board.press('Generate')
+    board.wait(lambda: 'is not on this machine' in board.alert.inner_text())
+    board.field('model').select_option('tiny-plusv2')
+    board.wait(lambda: board.slider('structure').count() == 1)
+
+
+def a_portrait_is_saved(board, folder):
+    board.button('save').last.click()
+    board.wait_for_text('saved as portraits')
+    file, = folder.glob('*.png')
     assert read_record(file)['settings']['model'] == 'tiny-plusv2'
-    button(page, 'code').last.click()
-    code = board(page).locator('.faceid-code pre:visible')
-    wait(page, lambda: 'model.generate(' in code.inner_text())
+    return file
+
+
+def its_code_makes_the_same_picture(board, file, photographs, monkeypatch):
+    board.button('code').last.click()
+    code = board.find('.faceid-code pre:visible')
+    board.wait(lambda: 'model.generate(' in code.inner_text())
     assert "read('two.png')[1]" in code.inner_text()
     with monkeypatch.context() as m:
         m.chdir(photographs)
-        exec(code.inner_text(), names := {})
-    with Image.open(file) as saved: assert np.abs(np.asarray(saved, int) - np.asarray(names['picture'], int)).max() <= 2
-    prompt = labelled(page, 'prompt')
-    prompt.fill('something else')
-    prompt.press('Tab')
-    set_slider(page, 'identity', .3)
-    drop(page, file)
-    wait(page, lambda: prompt.input_value() == 'photo of a person, smiling')
-    assert 'settings restored' in board(page).inner_text() and slider(page, 'identity').locator('.widget-readout').inner_text() == '1.00'
+        picture = executed(code.inner_text())['picture']
+    with Image.open(file) as saved: assert largest_difference(saved, picture) <= 2
 
 
-def portraits_are_compared_and_kept(page):
-    tiles = board(page).locator('.faceid-gallery button.faceid-tile')
-    n = tiles.count()
+def a_saved_portrait_restores_its_settings(board, file):
+    board.enter('prompt', 'something else', 'Tab')
+    board.set_slider('identity', .3)
+    board.drop(file)
+    board.wait(lambda: board.field('prompt').input_value() == 'photo of a person, smiling')
+    assert 'settings restored' in board.text and board.slider_value('identity') == '1.00'
+
+
+def portraits_are_compared_by_click_and_by_keyboard(board):
+    tiles, beside = board.find('.faceid-gallery button.faceid-tile'), board.find('.faceid-beside')
     tiles.nth(0).click()
     tiles.nth(1).focus()
-    page.keyboard.press('Enter')
-    beside = board(page).locator('.faceid-beside')
-    wait(page, lambda: beside.locator('img:visible').count() == 3)
+    board.page.keyboard.press('Enter')
+    board.wait(lambda: board.pictures('.faceid-beside').count() == 3)
     assert 'likeness' in beside.inner_text() and 'seed' in beside.inner_text()
-    board(page).scroll_into_view_if_needed()
-    shot(page, 'portraits')
-    button(page, 'keep').first.click()
-    button(page, 'clear').click()
-    wait(page, lambda: tiles.count() == 1 < n)
+    board.board.scroll_into_view_if_needed()
+    board.shot('portraits')
 
 
-def a_grid_is_filled_stopped_resumed_and_a_cell_enlarged(page, project):
-    tab(page, 'Structure')
-    set_slider(page, 'steps', 40)
-    values = labelled(page, 's_scales')
-    values.fill('0, x')
-    values.press('Enter')
-    wait(page, lambda: 'takes numbers' in alert(page).inner_text())
-    values.fill('0, 1, 2')
-    values.press('Enter')
-    wait(page, lambda: not alert(page).count())
-    seeds = labelled(page, 'seeds')
-    seeds.fill('0, 1, 2, 3')
-    seeds.press('Enter')
-    go = button(page, 'Fill the grid')
-    go.click()
-    cells = board(page).locator('.faceid-grid button.faceid-tile')
-    done = lambda: len(re.findall(r'-?\d\.\d\d / \d\.\d\d', board(page).locator('.faceid-grid').inner_text()))
-    wait(page, lambda: cells.count() == 12)
-    wait(page, lambda: board(page).locator('.faceid-grid .dim img:visible').count())
-    wait(page, lambda: done() >= 3)
-    button(page, 'Stop').click()
-    wait(page, lambda: button(page, 'Resume').count() and button(page, 'Resume').is_enabled())
-    assert 3 <= done() < 12 and 'cells to go' in board(page).inner_text()
-    shot(page, 'grid-stopped')
-    button(page, 'Resume').click()
-    wait(page, lambda: done() == 12, 120)
-    finished(page, 'Fill the grid')
-    assert '12 cells' in board(page).inner_text() and len(list((project/'nbs'/'portraits'/'sweeps'/'pictures').glob('*.png'))) == 12
-    scroll = board(page).locator('.faceid-scroll:visible')
-    board(page).evaluate('e => e.scrollIntoView()')
+def what_is_not_kept_is_cleared(board):
+    tiles = board.find('.faceid-gallery button.faceid-tile')
+    before = tiles.count()
+    board.button('keep').first.click()
+    board.press('clear')
+    board.wait(lambda: tiles.count() == 1 < before)
+
+
+def values_that_are_wrong_are_said(board):
+    board.tab('Structure')
+    board.enter('s_scales', '0, x')
+    board.wait(lambda: 'takes numbers' in board.alert.inner_text())
+    board.enter('s_scales', '0, 1, 2')
+    board.wait(lambda: not board.alert.count())
+
+
+def a_grid_is_filled_with_previews_and_stopped(board):
+    board.set_slider('steps', 40)
+    board.enter('seeds', '0, 1, 2, 3')
+    board.press('Fill the grid')
+    board.wait(lambda: board.find('.faceid-grid button.faceid-tile').count() == 12)
+    board.wait(lambda: board.pictures('.faceid-grid .dim').count())
+    board.wait(lambda: board.cells_done >= 3)
+    board.press('Stop')
+    board.wait(lambda: board.button('Resume').count() and board.button('Resume').is_enabled())
+    assert 3 <= board.cells_done < 12 and 'cells to go' in board.text
+    board.shot('grid-stopped')
+
+
+def a_grid_is_resumed(board, folder):
+    board.press('Resume')
+    board.wait(lambda: board.cells_done == 12, 120)
+    board.wait_for_end('Fill the grid')
+    assert '12 cells' in board.text and len(list((folder/'sweeps'/'pictures').glob('*.png'))) == 12
+
+
+def a_long_grid_scrolls_by_itself(board):
+    scroll = board.find('.faceid-scroll:visible')
+    board.board.evaluate('e => e.scrollIntoView()')
     scroll.evaluate('e => { e.scrollTop = 1e6; }')
-    assert scroll.evaluate('e => e.scrollTop > 0 && e.getBoundingClientRect().bottom <= innerHeight'), 'a long grid scrolls by itself'
-    sync_api.expect(board(page).get_by_text('files go into portraits/')).to_be_in_viewport()
-    cells.nth(4).click()
-    large = board(page).locator('.faceid-large')
-    wait(page, lambda: large.locator('img:visible').count() == 2 and 'structure distance' in large.inner_text())
-    assert cells.nth(4).get_attribute('aria-pressed') == 'true'
-    button(page, 'Export').click()
-    wait(page, lambda: 'written: portraits' in board(page).inner_text())
-    assert {f.name for f in (project/'nbs'/'portraits').glob('grid*')} == {'grid_0001.png', 'grid_0001.csv', 'grid_0001_curves.png'}
-    board(page).scroll_into_view_if_needed()
-    shot(page, 'structure')
-    picture(page, 'structure')
+    assert scroll.evaluate('e => e.scrollTop > 0 && e.getBoundingClientRect().bottom <= innerHeight + 1')
+    sync_api.expect(board.board.get_by_text('files go into portraits/')).to_be_in_viewport()
 
 
-def likeness_is_compared_surveyed_and_searched(page):
-    tab(page, 'Similarity')
-    set_slider(page, 'steps', 8)
-    button(page, 'a drawn person').click()
-    wait(page, lambda: 'person 24' in board(page).inner_text())
-    figures = lambda: board(page).locator('.jupyter-widgets .faceid-tile img[alt*="heat map"]:visible, .faceid-tile img[alt*="mean likeness"]:visible, .faceid-tile img[alt*="against"]:visible').count()
-    button(page, 'Compare people').click()
-    finished(page, 'Compare people')
-    wait(page, lambda: figures() == 1)
-    scales = labelled(page, 'scales')
-    scales.fill('0.5, 1')
-    scales.press('Enter')
-    button(page, 'Survey').click()
-    finished(page, 'Survey')
-    wait(page, lambda: figures() == 3)
-    set_slider(page, 'target', .2)
-    button(page, 'Find').click()
-    finished(page, 'Find')
-    wait(page, lambda: 'a likeness of 0.20 is' in board(page).inner_text())
-    button(page, 'use them').click()
-    scale = float(re.search(r'at scale (\d\.?\d*)', board(page).inner_text())[1])
-    wait(page, lambda: float(slider(page, 'identity').locator('.widget-readout').inner_text()) == scale)
-    assert f'scale {scale:g},' in labelled(page, 'weights').evaluate('e => e.selectedOptions[0].text').replace('\xa0', ' ')
-    shot(page, 'similarity')
-    picture(page, 'similarity')
+def a_cell_is_enlarged(board):
+    cell = board.find('.faceid-grid button.faceid-tile').nth(4)
+    cell.click()
+    board.wait(lambda: board.pictures('.faceid-large').count() == 2)
+    board.wait(lambda: 'structure distance' in board.find('.faceid-large').inner_text())
+    assert cell.get_attribute('aria-pressed') == 'true'
 
 
-def attention_is_walked_through_by_keyboard(page):
-    tab(page, 'Attention')
-    button(page, 'Make and look').click()
-    finished(page, 'Make and look')
-    maps = board(page).locator('.faceid-maps img:visible')
-    wait(page, lambda: maps.count() == 5)
-    first = maps.nth(1).get_attribute('src')
-    handle = slider(page, 'layer').locator('[role=slider]')
-    handle.focus()
-    page.keyboard.press('ArrowRight')
-    wait(page, lambda: 'layer down' in board(page).inner_text() and maps.nth(1).get_attribute('src') != first)
-    slider(page, 'step').locator('[role=slider]').last.focus()
-    page.keyboard.press('ArrowRight')
-    wait(page, lambda: ', step 1' in board(page).inner_text())
-    shot(page, 'attention')
-    picture(page, 'attention')
+def a_grid_is_exported(board, folder):
+    board.press('Export')
+    board.wait_for_text('written: portraits')
+    names = {f.name for f in folder.glob('grid*')}
+    assert names == {'grid_0001.png', 'grid_0001.csv', 'grid_0001_curves.png'}
+    board.board.scroll_into_view_if_needed()
+    board.shot('structure')
+    board.picture('structure')
 
 
-def picture(page, name):
-    "The board alone, for README and notebook."
-    view = page.viewport_size
-    page.set_viewport_size(dict(width=1280, height=1900))
-    board(page).scroll_into_view_if_needed()
-    page.wait_for_timeout(200)
-    board(page).screenshot(path=SHOTS/f'dashboard_{name}.png')
-    page.set_viewport_size(view)
+def figures(board):
+    "How many of three figures of the similarity are there."
+    alts = 'heat map', 'mean likeness', 'against'
+    return board.find(', '.join(f'.faceid-tile img[alt*="{alt}"]:visible' for alt in alts)).count()
 
 
-NAMELESS = """board => [...board.querySelectorAll('button, input, select, textarea, [role=slider]')].filter(e => e.offsetParent && e.type !== 'file').map(e => {
-  const by = (e.getAttribute('aria-labelledby') || '').split(' ').map(i => document.getElementById(i)).filter(Boolean).map(l => l.textContent).join(' '), box = e.closest('.jupyter-widgets.widget-inline-hbox, .widget-hslider');
-  return {what: e.tagName + ' ' + e.className, name: (e.getAttribute('aria-label') || by || (e.labels && [...e.labels].map(l => l.textContent).join(' ')) || e.title || e.textContent || (e.querySelector && e.querySelector('img') || {}).alt || (box && (box.querySelector('label') || {}).textContent) || '').trim(), tab: e.tabIndex, disabled: !!e.disabled };
-}).filter(c => !c.name || (c.tab < 0 && !c.disabled))"""
-PALE = """board => { const rgb = s => (s.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number), lum = c => { const f = c.slice(0, 3).map(v => (v /= 255) <= .03928 ? v/12.92 : ((v + .055)/1.055)**2.4); return .2126*f[0] + .7152*f[1] + .0722*f[2]; };
-  const behind = e => { for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor); if (c.length < 4 || c[3] > .5) return c; } return [255, 255, 255]; };
-  return [...board.querySelectorAll('*')].filter(e => e.offsetParent && !e.closest('[disabled], option') && [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())).map(e => { const a = lum(rgb(getComputedStyle(e).color)), b = lum(behind(e)); return [e.textContent.trim().slice(0, 30), (Math.max(a, b) + .05)/(Math.min(a, b) + .05)]; }).filter(x => x[1] < 3); }"""
+def people_are_compared(board):
+    board.tab('Similarity')
+    board.set_slider('steps', 8)
+    board.press('a drawn person')
+    board.wait_for_text('person 24')
+    board.press('Compare people')
+    board.wait_for_end('Compare people')
+    board.wait(lambda: figures(board) == 1)
 
 
-def everything_has_a_name_and_is_reached_by_keyboard_fits_and_is_readable(page):
-    for name in ('Portrait', 'Structure', 'Similarity', 'Attention'):
-        tab(page, name)
-        assert board(page).evaluate(NAMELESS) == []
-        assert board(page).evaluate(PALE) == []
-        assert board(page).evaluate('b => b.scrollWidth <= b.parentElement.clientWidth + 1'), name
-    assert board(page).locator('img:visible').evaluate_all('l => l.filter(i => !i.alt).length') == 0
-    button(page, 'Drop photographs').focus()
-    page.keyboard.press('Tab')
-    assert page.evaluate('document.activeElement.textContent') == 'a drawn person'
+def weights_are_surveyed(board):
+    board.enter('scales', '0.5, 1')
+    board.press('Survey')
+    board.wait_for_end('Survey')
+    board.wait(lambda: figures(board) == 3)
 
 
-def it_is_readable_in_the_dark(page):
+def weights_are_searched_and_used(board):
+    board.set_slider('target', .2)
+    board.press('Find')
+    board.wait_for_end('Find')
+    board.wait_for_text('a likeness of 0.20 is')
+    board.press('use them')
+    scale = float(re.search(r'at scale (\d\.?\d*)', board.text)[1])
+    board.wait(lambda: float(board.slider_value('identity')) == scale)
+    shown = board.field('weights').evaluate('e => e.selectedOptions[0].text').replace('\xa0', ' ')
+    assert f'scale {scale:g},' in shown
+    board.shot('similarity')
+    board.picture('similarity')
+
+
+def attention_is_made(board):
+    board.tab('Attention')
+    board.press('Make and look')
+    board.wait_for_end('Make and look')
+    board.wait(lambda: board.pictures('.faceid-maps').count() == 5)
+
+
+def attention_is_walked_through_by_keyboard(board):
+    token = board.pictures('.faceid-maps').nth(1)
+    first, keyboard = token.get_attribute('src'), board.page.keyboard
+    board.slider('layer').locator('[role=slider]').focus()
+    keyboard.press('ArrowRight')
+    board.wait(lambda: 'layer down' in board.text and token.get_attribute('src') != first)
+    board.slider('step').locator('[role=slider]').last.focus()
+    keyboard.press('ArrowRight')
+    board.wait_for_text(', step 1')
+    board.shot('attention')
+    board.picture('attention')
+
+
+def everything_has_a_name_fits_and_is_readable(board):
+    for name in TABS:
+        board.tab(name)
+        assert board.nameless == [] and board.pale == [], name
+        assert board.fits, name
+    assert board.find('img:visible').evaluate_all('l => l.filter(i => !i.alt).length') == 0
+
+
+def the_tab_key_goes_through_the_controls(board):
+    board.button('Drop photographs').focus()
+    board.page.keyboard.press('Tab')
+    assert board.page.evaluate('document.activeElement.textContent') == 'a drawn person'
+
+
+def it_is_readable_in_the_dark(board):
+    page = board.page
     page.get_by_role('menuitem', name='Settings', exact=True).click()
     page.get_by_text('Theme', exact=True).hover()
     page.get_by_text('JupyterLab Dark', exact=True).click()
     page.wait_for_function('document.body.dataset.jpThemeLight === "false"')
     page.wait_for_timeout(500)
     for name in ('Structure', 'Portrait'):
-        tab(page, name)
-        shot(page, f'dark-{name.lower()}')
-        assert board(page).evaluate(PALE) == []
+        board.tab(name)
+        board.shot(f'dark-{name.lower()}')
+        assert board.pale == []
 
 
-def the_cell_run_again_lets_go_of_the_old_board(page, home):
-    from jupyter_client import BlockingKernelClient
-    connection, = (home/'runtime').glob('kernel-*.json')
-    client = BlockingKernelClient(connection_file=str(connection))
-    client.load_connection_file()
-    client.start_channels()
-    def ask(what):
-        reply = client.execute('', user_expressions=dict(it=what), reply=True, timeout=30)['content']['user_expressions']['it']
+class Kernel:
+    "The kernel behind the page, asked for the values of expressions."
+    def __init__(self, home):
+        from jupyter_client import BlockingKernelClient   # the page's part of Jupyter, not ours
+        connection, = (home/'runtime').glob('kernel-*.json')
+        self.client = BlockingKernelClient(connection_file=str(connection))
+    def __enter__(self):
+        self.client.load_connection_file()
+        self.client.start_channels()
+        return self
+    def __exit__(self, *error): self.client.stop_channels()
+    def ask(self, what):
+        given = dict(user_expressions=dict(it=what), reply=True, timeout=30)
+        reply = self.client.execute('', **given)['content']['user_expressions']['it']
         return reply['data']['text/plain']
-    try:
-        assert ask('len(_boards)') == '1' and ask('_boards[0][2].studio._faceid is None') == 'False'
-        ask('globals().update(old=_boards[0][2])')
-        page.locator('.jp-Cell').last.locator('.cm-content').click()
-        page.keyboard.press('Control+Enter')
-        wait(page, lambda: 'person 24' not in board(page).inner_text() and button(page, 'Generate').count() == 1)
-        page.wait_for_timeout(500)
-        assert ask('len(_boards)') == '1' and ask('_boards[0][2] is old') == 'False' and ask('old.studio._faceid is None and old.studio.worker._thread is None or not old.studio.worker._thread.is_alive()') == 'True'
-    finally: client.stop_channels()
 
 
-def test_the_dashboards_in_jupyterlab(page, photographs, project, home, monkeypatch):
+def run_last_cell(board):
+    board.page.locator('.jp-Cell:has(.faceid-board)').last.locator('.cm-content').click()
+    board.page.keyboard.press('Control+Enter')
+    board.wait(lambda: 'person 24' not in board.text and board.button('Generate').count() == 1)
+    board.page.wait_for_timeout(500)
+
+
+def the_cell_run_again_lets_go_of_the_old_board(board, home):
+    with Kernel(home) as kernel:
+        assert kernel.ask('len(_boards)') == '1'
+        assert kernel.ask('_boards[0][2].studio.engine.faceid is None') == 'False'
+        kernel.ask('globals().update(old=_boards[0][2])')
+        run_last_cell(board)
+        assert kernel.ask('len(_boards)') == '1' and kernel.ask('_boards[0][2] is old') == 'False'
+        assert kernel.ask('old.studio.engine.faceid is None and not old.studio.worker.busy') == 'True'
+
+
+def beside_the_pages(project): return {f.relative_to(project/'nbs') for f in (project/'nbs').rglob('*')}
+
+
+def nothing_is_written_elsewhere(project, before):
+    for path in beside_the_pages(project) - before:
+        assert path.parts[:2] == ('studio', 'portraits') or '.ipynb_checkpoints' in path.parts, path
+
+
+def nothing_is_asked_of_another_machine(page): assert [url for url in page.asked if not OURS.match(url)] == []
+
+
+def no_script_has_failed(page, board):
+    assert not page.wrong and 'javascript error' not in board.text, page.wrong
+
+
+def test_the_dashboards_in_jupyterlab(page, board, photographs, project, folder, home, monkeypatch):
     "One visit, in this order: several workers would each open a page of their own."
-    files = lambda: (project/'nbs').rglob('*')
-    before = {f.relative_to(project/'nbs').parts[0] for f in files()}
-    a_photograph_without_a_face_is_answered_and_the_controls_live(page, photographs)
-    a_large_photograph_is_made_smaller_by_the_browser(page, photographs)
-    drop_choose_generate_and_likeness(page, photographs)
-    stop_in_the_middle_with_a_preview_and_again(page)
-    controls_fit_the_variant(page)
-    the_code_is_executed_and_a_saved_picture_restores_its_settings(page, project, photographs, monkeypatch)
-    portraits_are_compared_and_kept(page)
-    a_grid_is_filled_stopped_resumed_and_a_cell_enlarged(page, project)
-    likeness_is_compared_surveyed_and_searched(page)
-    attention_is_walked_through_by_keyboard(page)
-    everything_has_a_name_and_is_reached_by_keyboard_fits_and_is_readable(page)
-    it_is_readable_in_the_dark(page)
-    the_cell_run_again_lets_go_of_the_old_board(page, home)
-    assert {f.relative_to(project/'nbs').parts[0] for f in files()} - before <= {'portraits', '.ipynb_checkpoints'}, 'something was written elsewhere'
-    assert not [u for u in page.asked if not re.match(r'(https?|wss?)://127\.0\.0\.1[:/]|data:|blob:', u)], 'the page asked another machine'
-    assert not page.wrong and 'javascript error' not in board(page).inner_text(), page.wrong
+    before = beside_the_pages(project)
+    a_photograph_without_a_face_is_answered(board, photographs)
+    the_controls_live_after_an_error(board)
+    a_large_photograph_is_made_smaller_by_the_browser(board, photographs)
+    a_photograph_is_dropped(board, photographs)
+    a_face_is_chosen_by_a_click_and_by_its_number(board)
+    portraits_are_made_with_progress_and_likeness(board)
+    the_machine_is_told(board)
+    previews_are_shown_while_it_works(board)
+    a_click_is_answered_while_it_works(board)
+    it_is_stopped_in_the_middle(board)
+    it_begins_again_after_a_stop(board)
+    controls_fit_the_variant(board)
+    nothing_is_downloaded_unasked(board)
+    file = a_portrait_is_saved(board, folder)
+    its_code_makes_the_same_picture(board, file, photographs, monkeypatch)
+    a_saved_portrait_restores_its_settings(board, file)
+    portraits_are_compared_by_click_and_by_keyboard(board)
+    what_is_not_kept_is_cleared(board)
+    values_that_are_wrong_are_said(board)
+    a_grid_is_filled_with_previews_and_stopped(board)
+    a_grid_is_resumed(board, folder)
+    a_long_grid_scrolls_by_itself(board)
+    a_cell_is_enlarged(board)
+    a_grid_is_exported(board, folder)
+    people_are_compared(board)
+    weights_are_surveyed(board)
+    weights_are_searched_and_used(board)
+    attention_is_made(board)
+    attention_is_walked_through_by_keyboard(board)
+    everything_has_a_name_fits_and_is_readable(board)
+    the_tab_key_goes_through_the_controls(board)
+    it_is_readable_in_the_dark(board)
+    the_cell_run_again_lets_go_of_the_old_board(board, home)
+    nothing_is_written_elsewhere(project, before)
+    nothing_is_asked_of_another_machine(page)
+    no_script_has_failed(page, board)
 
 
-def test_a_dashboard_in_voila(browser, tmp_path):
-    "A page of one line, served without its source: a face is drawn, a portrait made."
-    import nbformat
+@pytest.fixture
+def served(browser, tmp_path):
+    "A page of one line, served by Voila without its source."
     pytest.importorskip('voila', reason='voila is not installed: pip install voila')
-    port = free_port()
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('from faceid_nb.dashboard import portrait_dashboard\nportrait_dashboard()')])
+    source = 'from faceid_nb.dashboard import portrait_dashboard\nportrait_dashboard()'
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     nb.metadata.kernelspec = dict(name='python3', display_name='Python 3', language='python')
     nbformat.write(nb, tmp_path/'portrait.ipynb')
-    command = [sys.executable, '-m', 'voila', str(tmp_path/'portrait.ipynb'), '--no-browser', '--Voila.ip=127.0.0.1', f'--port={port}', f'--token={TOKEN}']
-    with serving(command, port, tmp_path/'log', **jupyter_dirs(tmp_path)) as address:
+    with voila(tmp_path/'portrait.ipynb', tmp_path) as address:
         page = browser.new_page(viewport=dict(width=1280, height=900))
         page.set_default_timeout(60_000)
         page.goto(f'{address}/?token={TOKEN}')
-        button(page, 'a drawn person').click(timeout=90_000)
-        wait(page, lambda: 'person 24' in board(page).inner_text())
-        set_slider(page, 'steps', 20)
-        button(page, 'Generate').click()
-        wait(page, lambda: len(likenesses(page)) == 4, 90)
-        finished(page, 'Generate')
-        assert board(page).evaluate(PALE) == [] and 'portrait_dashboard' not in page.locator('body').inner_text()
-        shot(page, 'voila')
-        board(page).screenshot(path=SHOTS/'dashboard_portrait.png')
+        yield BoardPage(page)
         page.close()
+
+
+def test_a_dashboard_in_voila(served):
+    "A face is drawn, a portrait made."
+    served.button('a drawn person').click(timeout=90_000)
+    served.wait_for_text('person 24')
+    served.set_slider('steps', 20)
+    served.press('Generate')
+    served.wait(lambda: len(served.likenesses) == 4, 90)
+    served.wait_for_end('Generate')
+    assert served.pale == [] and 'portrait_dashboard' not in served.page.locator('body').inner_text()
+    served.shot('voila')
+    served.board.screenshot(path=SHOTS/'dashboard_portrait.png')
