@@ -888,8 +888,6 @@ def _choose(kind, have, wanted, most):
 
 def _mix(colours, under): return .7*colours[..., :3] + .3*under
 
-_short = short_layer   # the studio still asks for this name
-
 # %% ../nbs/study/31_plots.ipynb #ff52b01e
 def _colour_bar(sheet, cmap, norm):
     "The scale of colours below a sheet, from its second column on."
