@@ -13,7 +13,6 @@ __all__ = ['FORMAT', 'CHOICES', 'GREEN', 'RED', 'WHITE', 'BLACK', 'check_one_pac
 import contextlib
 import io
 import os
-import tempfile
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
