@@ -26,7 +26,8 @@ def as_list(images) -> list:
 
 # %% ../nbs/use/24_adherence.ipynb #c2b47698
 def wanted(prompt) -> dict:
-    "What a prompt names that the tiny pack's reader knows: {'shirt': 3, ...}, as `read_scenes` numbers it."
+    """What a prompt names that the tiny pack's reader knows: {'shirt': 3, ...}, as `read_scenes`
+    numbers it."""
     from faceid_nb.tiny.people import COLOURS, EXPRESSIONS   # PyTorch
     text, colours = prompt.lower().replace('grey', 'gray'), list(COLOURS)
     named = dict(glasses=1) if re.search(r'\bglasses\b', text) else {}
@@ -53,7 +54,8 @@ class SceneScorer:
     ) -> np.ndarray:  # (n,) in 0..1; nan where a prompt names nothing that is known
         from faceid_nb.tiny.scenes import as_tensor, read_scenes
         seen = read_scenes(as_tensor([Image.fromarray(i) for i in images]), self.reader)
-        return np.array([self._share(prompt, seen, k) for k, prompt in enumerate(prompts)], np.float64)
+        return np.array([self._share(prompt, seen, k) for k, prompt in enumerate(prompts)],
+                        np.float64)
 
     def _share(self, prompt, seen, k):
         right = [int(seen[part][k]) == value for part, value in wanted(prompt).items()]
@@ -63,7 +65,8 @@ class SceneScorer:
 def _unit_features(out):
     "A network's answer as unit rows in float32."
     from torch.nn.functional import normalize
-    return normalize(getattr(out, 'pooler_output', out).float(), dim=1)   # transformers 5 wraps them
+    # transformers 5 wraps them
+    return normalize(getattr(out, 'pooler_output', out).float(), dim=1)
 
 class Clip:
     "CLIP's two networks: texts and pictures as unit vectors in one space."
@@ -89,13 +92,16 @@ def load_clip(
     from transformers import CLIPModel, CLIPProcessor   # seconds that the drawn people do not need
     device, dtype = choose_device(device, dtype)
     hub = dict(cache_dir=cache_dir, local_files_only=not download or Path(path).exists())
-    try: model, processor = CLIPModel.from_pretrained(path, **hub), CLIPProcessor.from_pretrained(path, **hub)
+    try:
+        model, processor = (CLIPModel.from_pretrained(path, **hub),
+                            CLIPProcessor.from_pretrained(path, **hub))
     except Exception as e: raise missing(f'The CLIP model {path}', path, e, download) from e
     return Clip(model.to(device, dtype), processor)
 
 # %% ../nbs/use/24_adherence.ipynb #d48d337c
 class ClipScorer:
-    "Cosine of a text and a picture (Radford et al. 2021; CLIPScore, Hessel et al. 2021, without its factor)."
+    """Cosine of a text and a picture (Radford et al. 2021; CLIPScore, Hessel et al. 2021,
+    without its factor)."""
     unit = 'cosine of text and picture by CLIP'
 
     def __init__(self,
@@ -130,7 +136,8 @@ def prompt_adherence(
     scorer='tiny',  # 'tiny': the reader of drawn people; a CLIP model's folder or repository;
                     # or a function of (texts, RGB arrays)
 ) -> np.ndarray:  # float64 (n,)
-    "How much of its prompt each picture shows; see `SceneScorer` and `ClipScorer` for what the numbers mean."
+    """How much of its prompt each picture shows; see `SceneScorer` and `ClipScorer` for what the
+    numbers mean."""
     images = [read_image(i.image if isinstance(i, Face) else i) for i in as_list(images)]
     prompts = [prompts]*len(images) if isinstance(prompts, str) else list(prompts)
     if len(prompts) != len(images):
@@ -143,7 +150,8 @@ def prompt_adherence(
 def find_scorer(
     model,  # a `FaceID`, or the name of one
 ) -> str:
-    "What measures prompt adherence of a model's pictures: the tiny pack's reader of scenes, or CLIP."
+    """What measures prompt adherence of a model's pictures: the tiny pack's reader of scenes, or
+    CLIP."""
     from faceid_nb.models import MODELS   # PyTorch
     known = MODELS.get(model if isinstance(model, str) else model.name)
     return 'tiny' if known and known.repo is None else 'openai/clip-vit-large-patch14'

@@ -91,8 +91,8 @@ def make_pictures(
               leave=False, disable=quiet or None) as bar:
         for i, start in enumerate(starts):
             def on_step(step): bar.update(i*steps + step.done - bar.n)
-            yield model.generate(face, prompt, num_samples=min(size, samples - start), seed=seed + start,
-                                 on_step=on_step, **settings)
+            yield model.generate(face, prompt, num_samples=min(size, samples - start),
+                                 seed=seed + start, on_step=on_step, **settings)
 
 # %% ../nbs/use/23_cli.ipynb #684ee53a
 def _prepared(name, device, photo, which):
@@ -133,7 +133,8 @@ def write_sheet(
     "The contact sheet of the pictures that are done."
     from PIL import Image
     captions = [f'{path.stem}   likeness {shown(likeness)}' for path, _, likeness in done]
-    sheet = contact_sheet(Image.fromarray(photo), [picture for _, picture, _ in done], captions, prompt)
+    sheet = contact_sheet(Image.fromarray(photo), [picture for _, picture, _ in done], captions,
+                          prompt)
     return write_new(png_bytes(sheet, model=model, prompt=prompt), out, 'sheet-{:04d}.png')
 
 def report(done, sheet):
@@ -144,7 +145,8 @@ def report(done, sheet):
         print(f"{str(path):{wide}}  {picture.info['faceid_nb']['seed']:>10}  {shown(likeness):>8}")
     found = [likeness for *_, likeness in done if not math.isnan(likeness)]
     if found:
-        mean = f'mean likeness {sum(found)/len(found):.3f} over {len(found)} of {len(done)} pictures'
+        mean = (
+            f'mean likeness {sum(found)/len(found):.3f} over {len(found)} of {len(done)} pictures')
         print(f'{mean} (cosine: 1 the same picture, about 0 a stranger)')
     print(f'contact sheet: {sheet}')
 
@@ -167,7 +169,8 @@ def portrait(
         loaded, person, judge = _prepared(model, device, photo, face)
         done = []
         try:
-            for made in make_pictures(loaded, person, prompt, samples, seed, batch, quiet, **settings):
+            for made in make_pictures(loaded, person, prompt, samples, seed, batch, quiet,
+                                      **settings):
                 likenesses = judge.similarity(person, made)
                 done += keep(made, likenesses, out, photo=Path(photo).name, face=face)
         finally:  # also after Ctrl-C: a sheet of what there is
@@ -194,7 +197,8 @@ def with_bar(quiet): return not quiet and sys.stderr.isatty()
 
 # %% ../nbs/use/23_cli.ipynb #6c273ca9
 def name_photos(photos) -> dict:  # {name: path}
-    "Photographs by their names, or by their paths where names would be the same. Raises ArgumentError."
+    """Photographs by their names, or by their paths where names would be the same. Raises
+    ArgumentError."""
     names = [Path(p).stem for p in photos]
     if len(set(names)) < len(names): names = photos
     twice = sorted({str(n) for n in names if names.count(n) > 1})
@@ -211,11 +215,13 @@ def make_grid(
     seeds = {str(seed): seed for seed in values.pop('seed')}
     given = dict(model=values.pop('model'), face=name_photos(photos), **values, seed=seeds)
     axes = {k: v for k, v in given.items() if len(v) > 1 or k == 'seed'}   # a sweep needs an axis
-    fixed = {k: list(v.values() if isinstance(v, dict) else v)[0] for k, v in given.items() if k not in axes}
+    fixed = {k: list(v.values() if isinstance(v, dict) else v)[0]
+             for k, v in given.items() if k not in axes}
     return Sweep(fixed.pop('model', None), axes, fixed, load=dict(device=device))
 
 # %% ../nbs/use/23_cli.ipynb #27b0adde
-SHORT = dict(guidance_scale='guidance', num_inference_steps='steps', face='photograph')   # names of settings
+# names of settings
+SHORT = dict(guidance_scale='guidance', num_inference_steps='steps', face='photograph')
 
 def _text(key, value, prompts):
     if key == 'prompt': return str(1 + prompts.index(value))
@@ -234,7 +240,8 @@ def cell_row(cell, varies, prompts) -> list:
     def number(x): return '-' if math.isnan(x) else f'{x:.3f}'
     measured = [shown(cell.likeness), number(cell.distance), number(cell.adherence)]
     if cell.state == 'failed': measured = ['-']*3
-    return [*labels(cell, varies, prompts).values(), *measured, 'there already' if cell.kept else cell.state]
+    return [*labels(cell, varies, prompts).values(), *measured,
+            'there already' if cell.kept else cell.state]
 
 # %% ../nbs/use/23_cli.ipynb #786e59ee
 def list_failures(cells, varies, prompts):
@@ -247,7 +254,7 @@ def list_failures(cells, varies, prompts):
 
 def write_table(out) -> Path:
     "Everything that the folder holds, as table.csv."
-    from faceid_nb.sweep import read_table
+    from faceid_nb.cells import read_table
     table = read_table(out)
     table['image'] = [None if f is None else f.relative_to(out).as_posix() for f in table.image]
     with atomic(Path(out)/'table.csv') as part: table.to_csv(part, index=False)
@@ -275,7 +282,8 @@ def sweep_sheets(cells, varies, photos, prompts, out):
         some = made[:SHEET]
         sheet = contact_sheet(Image.fromarray(read_image(photo)), [c.image for c in some],
                               [caption(c, own, prompts) for c in some], title)
-        path = write_new(png_bytes(sheet, photo=Path(photo).name, prompt=title), out, 'sheet-{:04d}.png')
+        path = write_new(png_bytes(sheet, photo=Path(photo).name, prompt=title), out,
+                         'sheet-{:04d}.png')
         yield path, f' (the first {len(some)} of {len(made)})'*(len(some) < len(made))
 
 # %% ../nbs/use/23_cli.ipynb #763759c6
@@ -343,7 +351,8 @@ def benchmark(
 
 # %% ../nbs/use/23_cli.ipynb #756d3bf5
 def demo(*, out='faceid-demo', quiet=False, debug=False) -> int:
-    "faceid-nb demo: a drawn photograph of a person whom the tiny pack never saw, and pictures of them."
+    """faceid-nb demo: a drawn photograph of a person whom the tiny pack never saw, and pictures
+    of them."""
     from faceid_nb.tiny.people import render, sample_people
     photo = render(sample_people(1, seed=DEMO_PERSON), seed=1, size=512, glasses=False)[0].image
     jpeg = io.BytesIO()
@@ -450,12 +459,14 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 class Command:
     "A subcommand, put together option by option."
     def __init__(self, commands, run, name, text):
-        self.parser = commands.add_parser(name, help=text, description=f'{text[0].upper()}{text[1:]}.',
+        self.parser = commands.add_parser(name, help=text,
+                                          description=f'{text[0].upper()}{text[1:]}.',
                                           formatter_class=Help)
         self.parser.set_defaults(run=run)
 
     def option(self, name, metavar, text, kind=None, default=None, **more):
-        self.parser.add_argument(name, metavar=metavar, help=text, type=kind, default=default, **more)
+        self.parser.add_argument(name, metavar=metavar, help=text, type=kind, default=default,
+                                 **more)
     def flag(self, name, text): self.parser.add_argument(name, action='store_true', help=text)
     def place(self, name, metavar, text, **more):
         self.parser.add_argument(name, metavar=metavar, help=text, **more)
@@ -464,13 +475,18 @@ class Command:
 SEED, WEIGHT = number(int, 0, 2**63 - 1), number(float, -10, 10)
 STEPS, GUIDANCE, COUNT = number(int, 1, 1000), number(float, 0, 100), number(int, 1)
 
-def add_debug(c): c.flag('--debug', 'show the traceback of an error, and what libraries have to say')
-def add_batch(c): c.option('--batch', 'N', 'pictures made at a time; they do not depend on it', COUNT)
+def add_debug(c):
+    c.flag('--debug', 'show the traceback of an error, and what libraries have to say')
+def add_batch(c):
+    c.option('--batch', 'N', 'pictures made at a time; they do not depend on it', COUNT)
 def add_quiet(c): c.flag('--quiet', 'no progress bar')
-def add_device(c): c.option('--device', 'NAME', 'cpu, cuda, cuda:1, mps; otherwise the best one here')
-def add_seed(c): c.option('--seed', 'N', 'seed of the first picture; the next ones count on', SEED, 0)
+def add_device(c):
+    c.option('--device', 'NAME', 'cpu, cuda, cuda:1, mps; otherwise the best one here')
+def add_seed(c):
+    c.option('--seed', 'N', 'seed of the first picture; the next ones count on', SEED, 0)
 def add_steps(c): c.option('--steps', 'N', 'denoising steps', STEPS, 30)
-def add_guidance(c): c.option('--guidance-scale', 'X', 'how strongly the prompt is followed', GUIDANCE, 7.5)
+def add_guidance(c):
+    c.option('--guidance-scale', 'X', 'how strongly the prompt is followed', GUIDANCE, 7.5)
 def add_negative(c): c.option('--negative-prompt', 'TEXT', 'what the pictures shall not show')
 def add_models(c):
     text = 'names of models; `faceid-nb doctor` lists them'
@@ -481,7 +497,8 @@ def add_run(c, out):
     add_batch(c)
     text = 'make the pictures in N other processes, each of which loads the model'
     c.option('--processes', 'N', text, COUNT)
-    c.option('--out', 'DIR', 'folder for the results; what it holds already is not made again', default=out)
+    c.option('--out', 'DIR', 'folder for the results; what it holds already is not made again',
+             default=out)
     add_device(c)
     add_quiet(c)
 
@@ -491,7 +508,8 @@ def add_portrait(commands):
     add_debug(c)
     c.place('photo', 'PHOTO', 'a picture file with a face on it')
     c.place('prompt', 'PROMPT', 'what the pictures shall show')
-    c.option('--model', None, 'name of the model; `faceid-nb doctor` lists them', default='tiny-faceid')
+    c.option('--model', None, 'name of the model; `faceid-nb doctor` lists them',
+             default='tiny-faceid')
     c.option('--samples', 'N', 'how many pictures', COUNT, 4)
     add_seed(c)
     c.option('--scale', 'X', 'weight of the identity: 0 ignores the photograph', WEIGHT, 1.)
@@ -515,11 +533,13 @@ def add_sweep(commands):
     c.option('--prompt', 'TEXT', 'what the pictures shall show; give it again for another one',
              action='append', required=True)
     add_models(c)
-    c.option('--scale', 'X[,X]', 'weight of the identity: 0 ignores the photograph', several(WEIGHT), '1')
+    c.option('--scale', 'X[,X]', 'weight of the identity: 0 ignores the photograph',
+             several(WEIGHT), '1')
     c.option('--s-scale', 'X[,X]', 'PlusV2: weight of the structure', several(WEIGHT), '1')
     c.option('--seed', 'N[,N]', 'one picture for each', several(SEED), '0')
     c.option('--steps', 'N[,N]', 'denoising steps', several(STEPS), '30')
-    c.option('--guidance-scale', 'X[,X]', 'how strongly the prompt is followed', several(GUIDANCE), '7.5')
+    c.option('--guidance-scale', 'X[,X]', 'how strongly the prompt is followed', several(GUIDANCE),
+             '7.5')
     add_negative(c)
     add_run(c, 'sweep')
 
@@ -528,7 +548,8 @@ def add_benchmark(commands):
     text = "measure models on the people of a folder, as PuLID's authors do"
     c = Command(commands, benchmark, 'benchmark', text)
     add_debug(c)
-    c.place('folder', 'FOLDER', 'holds a folder of photographs for each person, or one photograph of each')
+    c.place('folder', 'FOLDER',
+            'holds a folder of photographs for each person, or one photograph of each')
     add_models(c)
     c.option('--samples', 'N', 'pictures of each person', COUNT, 4)
     add_seed(c)
@@ -553,10 +574,12 @@ def add_lab(commands):
     text = 'where the copy is; files that exist stay'
     c.place('folder', 'DIR', text, nargs='?', default='faceid-notebooks')
     c.option('--port', 'N', 'port of the server', number(int, 1, 65535))
-    c.parser.add_argument('--no-browser', dest='browser', action='store_false', help='do not open a browser')
+    c.parser.add_argument('--no-browser', dest='browser', action='store_false',
+                          help='do not open a browser')
 
 def add_doctor(commands):
-    c = Command(commands, doctor, 'doctor', 'say what this machine has, what it lacks and how to get it')
+    c = Command(commands, doctor, 'doctor',
+                'say what this machine has, what it lacks and how to get it')
     add_debug(c)
 
 # %% ../nbs/use/23_cli.ipynb #aeaa0302
@@ -573,12 +596,14 @@ exit codes: 0 done, 2 bad input (arguments, photograph, checkpoint), 1 anything 
 
 def make_parser():
     "The parser of `faceid-nb`."
-    what = 'One photograph and a prompt in, pictures of that person out, with the likeness measured.'
+    what = (
+        'One photograph and a prompt in, pictures of that person out, with the likeness measured.')
     parser = argparse.ArgumentParser('faceid-nb', description=what, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--version', action='version', version=f'faceid_nb {__version__}')
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
-    for add in (add_portrait, add_sweep, add_benchmark, add_demo, add_lab, add_doctor): add(commands)
+    for add in (add_portrait, add_sweep, add_benchmark, add_demo, add_lab, add_doctor):
+        add(commands)
     return parser
 
 # %% ../nbs/use/23_cli.ipynb #a238b9fe
@@ -588,7 +613,8 @@ def explain(e) -> tuple:  # (exit code, one line)
     if isinstance(e, FaceIDError): return e.exit_code, text
     if isinstance(e, ImportError) and re.search(r'\blib\w+\.so', text):
         return 1, f'OpenCV cannot start: {text}. Run: {NO_LIBGL}'
-    if isinstance(e, OSError) and e.strerror: return 1, e.strerror + (f': {e.filename}' if e.filename else '')
+    if isinstance(e, OSError) and e.strerror:
+        return 1, e.strerror + (f': {e.filename}' if e.filename else '')
     return 1, f'unexpected {type(e).__name__}: {text[:300]} (--debug shows where)'
 
 def main(argv=None) -> int:

@@ -19,11 +19,12 @@ from .hub import TINY
 # %% ../nbs/use/26_doctor.ipynb #a6f7dd0c
 class Finding(NamedTuple):
     "What a look found."
-    state: str        # 'ok', 'note' (may be as it should), 'warn' (works, but not as well) or 'missing'
+    state: str  # 'ok', 'note' (may be as it should), 'warn' (works, but not as well) or 'missing'
     what: str
     advice: str = ''  # what to do about it
 
-    def __str__(self): return f'{self.state:8}{self.what}' + f'\n        -> {self.advice}'*bool(self.advice)
+    def __str__(self):
+        return f'{self.state:8}{self.what}' + f'\n        -> {self.advice}'*bool(self.advice)
 
 def installed(name):
     "The version of an installed distribution, or None."
@@ -37,7 +38,8 @@ def look_at_torch():
     import torch
     yield Finding('ok', f'torch {torch.__version__}')
     mps = getattr(torch.backends, 'mps', None)
-    if torch.cuda.is_available(): yield Finding('ok', f'device cuda: {torch.cuda.get_device_name(0)}')
+    if torch.cuda.is_available():
+        yield Finding('ok', f'device cuda: {torch.cuda.get_device_name(0)}')
     elif mps and mps.is_available(): yield Finding('ok', 'device mps')
     else:
         yield Finding('note', f'device cpu, {torch.get_num_threads()} threads',
@@ -85,7 +87,8 @@ def look_at_opencv():
     except ImportError as e:
         yield Finding('missing', f'OpenCV does not load: {e}', NO_LIBGL)
         return
-    yield Finding('ok', f"OpenCV {cv2.__version__} from {' and '.join(wheels) or 'a build of its own'}")
+    yield Finding('ok',
+                  f"OpenCV {cv2.__version__} from {' and '.join(wheels) or 'a build of its own'}")
     if len({installed(n) for n in wheels}) > 1:
         yield Finding('warn', 'OpenCV wheels of different versions share one folder',
                       f"pip uninstall -y {' '.join(wheels)} && pip install opencv-python")
@@ -111,7 +114,8 @@ def look_at_tiny():
                       'install the package again, or train it: see nbs/tiny')
         return
     size = sum(p.stat().st_size for p in TINY.rglob('*') if p.is_file())/1e6
-    yield Finding('ok', f"tiny pack, {size:.0f} MB, Apache 2.0: {', '.join(m.name for m in TINY_MODELS)}")
+    yield Finding('ok',
+                  f"tiny pack, {size:.0f} MB, Apache 2.0: {', '.join(m.name for m in TINY_MODELS)}")
 
 # %% ../nbs/use/26_doctor.ipynb #01cbf9df
 def look_at_packs():

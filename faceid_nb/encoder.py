@@ -10,56 +10,80 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from .errors import BaseModelError
+from .hub import missing
 
 # %% ../nbs/variants/10_plus.ipynb #52e31b3b
+_VIT_H = 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'
+
+def read_encoder(path, dtype=None, cache_dir=None, download=True):
+    """transformers' CLIP vision model from a folder or the hub. Raises `WeightsMissingError`,
+    `BaseModelError`."""
+    # heavy: models without structure do without
+    from transformers import CLIPVisionModelWithProjection
+    local = not download or Path(path).exists()
+    how = dict(dtype=dtype or torch.float32, cache_dir=cache_dir, local_files_only=local)
+    try: return CLIPVisionModelWithProjection.from_pretrained(path, **how)
+    except Exception as e:
+        if not Path(path).exists():
+            raise missing(f'The image encoder {path}', path, e.__cause__ or e, download) from e
+        found = f'{type(e).__name__}: {str(e).splitlines()[0][:160]}'
+        raise BaseModelError(f'{path} is not a CLIP vision model', found,
+                             f'Give the folder of an image encoder, such as {_VIT_H}') from e
+
+# %% ../nbs/variants/10_plus.ipynb #be1e43ba
+_KNOWN = {1280: f'ViT-H, {_VIT_H}', 1664: 'ViT-bigG', 1024: 'ViT-L'}
+
+def _wide(width): return f'{width} wide ({_KNOWN[width]})' if width in _KNOWN else f'{width} wide'
+
+def check_width(width, wanted):
+    "Raise `BaseModelError` where the checkpoint was trained with another encoder."
+    if width == wanted: return
+    raise BaseModelError('The image encoder does not fit the checkpoint',
+                         f'its states are {_wide(width)}, the checkpoint reads {_wide(wanted)}',
+                         'Give the encoder that the checkpoint was trained with')
+
+# %% ../nbs/variants/10_plus.ipynb #945f1c4f
+def normalise(
+    crops,   # (n, 3, h, w) uint8
+    size,    # of the encoder's pictures
+    clip,    # CLIP's processor, for mean and standard deviation
+    device,
+):
+    "As CLIP wants them: (n, 3, size, size)"
+    x = crops.to(device).float()
+    if x.shape[-1] != size:
+        x = F.interpolate(x, (size, size), mode='bicubic', antialias=True).clamp(0, 255)
+    mean, sd = (torch.tensor(v, device=device).view(1, 3, 1, 1)
+                for v in (clip.image_mean, clip.image_std))
+    return (x/255 - mean)/sd
+
+# %% ../nbs/variants/10_plus.ipynb #18d0f30a
 class StructureEncoder:
     "CLIP's vision model for FaceID Plus: aligned crops in, second-to-last hidden states out."
-    def __init__(self,
-        model,          # transformers' CLIPVisionModelWithProjection or CLIPVisionModel
-        device=None, dtype=None,
-    ):
-        from transformers import CLIPImageProcessor
-        size = model.config.image_size
+    def __init__(self, model, device=None, dtype=None):  # a transformers CLIPVisionModel
+        from transformers import CLIPImageProcessor          # heavy, as above
+        self.size, self.width = model.config.image_size, model.config.hidden_size
         self.model, self._nobody = model.to(device, dtype).eval().requires_grad_(False), None
-        self.processor = CLIPImageProcessor(size={'shortest_edge': size}, crop_size={'height': size, 'width': size})
+        square = {'height': self.size, 'width': self.size}
+        self.processor = CLIPImageProcessor(size={'shortest_edge': self.size}, crop_size=square)
     @classmethod
     def from_pretrained(cls, path, device=None, dtype=None, cache_dir=None, download=True):
         "From a folder or a name on the hub. Raises WeightsMissingError, BaseModelError."
-        from transformers import CLIPVisionModelWithProjection
-        try: return cls(CLIPVisionModelWithProjection.from_pretrained(path, dtype=dtype or torch.float32, cache_dir=cache_dir, local_files_only=not download or Path(path).exists()), device, dtype)
-        except Exception as e:
-            if Path(path).exists(): raise BaseModelError(f'{path} is not a CLIP vision model', f'{type(e).__name__}: {str(e).splitlines()[0][:160]}', 'Give the folder of an image encoder, such as laion/CLIP-ViT-H-14-laion2B-s32B-b79K') from e
-            from faceid_nb.models import missing
-            raise missing(f'The image encoder {path}', path, e.__cause__ or e, download) from e
-    @property
-    def width(self): return self.model.config.hidden_size
-    def pixels(self,
-        images,  # PIL pictures or RGB arrays (H, W, 3)
-    ):
-        "As CLIP wants them: (n, 3, size, size), normalised"
+        return cls(read_encoder(path, dtype, cache_dir, download), device, dtype)
+    # PIL pictures or RGB arrays (H, W, 3) -> (n, 3, size, size), as CLIP wants
+    def pixels(self, images):
         return self.processor(images=list(images), return_tensors='pt').pixel_values
-    def normalised(self,
-        crops,  # (n, 3, h, w) uint8
-    ):
-        "The same for tensors, where many are read in a training: (n, 3, size, size)"
-        p, size = next(self.model.parameters()), self.model.config.image_size
-        x = crops.to(p.device).float()
-        if x.shape[-1] != size: x = F.interpolate(x, (size, size), mode='bicubic', antialias=True).clamp(0, 255)
-        mean, sd = (torch.tensor(v, device=p.device).view(1, 3, 1, 1) for v in (self.processor.image_mean, self.processor.image_std))
-        return (x/255 - mean)/sd
+    def normalised(self, crops):   # the same for tensors: (n, 3, h, w) uint8
+        return normalise(crops, self.size, self.processor, next(self.model.parameters()).device)
     @torch.no_grad()
     def states(self, pixels):
         "Second-to-last hidden states, (n, L, width) float32"
         p = next(self.model.parameters())
-        return self.model(pixels.to(p.device, p.dtype), output_hidden_states=True).hidden_states[-2].float()
+        seen = self.model(pixels.to(p.device, p.dtype), output_hidden_states=True)
+        return seen.hidden_states[-2].float()
     def __call__(self, images): return self.states(self.pixels(images))
     def nobody(self):
-        "States of an all-zero pixel tensor, (1, L, width): what the unconditional rows read in the original."
-        if self._nobody is None: self._nobody = self.states(torch.zeros(1, 3, *[self.model.config.image_size]*2))
+        "States of all-zero pixels, (1, L, width): the original's unconditional rows read them."
+        if self._nobody is None: self._nobody = self.states(torch.zeros(1, 3, self.size, self.size))
         return self._nobody
-    def check(self, wanted):
-        "Raise BaseModelError where the checkpoint was trained with another encoder."
-        if self.width == wanted: return self
-        known = {1280: 'ViT-H, laion/CLIP-ViT-H-14-laion2B-s32B-b79K', 1664: 'ViT-bigG', 1024: 'ViT-L'}
-        say = lambda w: f'{w} wide' + (f' ({known[w]})' if w in known else '')
-        raise BaseModelError('The image encoder does not fit the checkpoint', f'its states are {say(self.width)}, the checkpoint reads {say(wanted)}', 'Give the encoder that the checkpoint was trained with')
+    def check(self, wanted): return check_width(self.width, wanted) or self

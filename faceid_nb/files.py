@@ -20,7 +20,8 @@ from .errors import ArgumentError
 # %% ../nbs/ground/70_files.ipynb #a7899a33
 @contextmanager
 def atomic(path):  # the file to be made
-    "A temporary path beside `path`: takes that name when the block ends well, vanishes when it does not."
+    """A temporary path beside `path`: takes that name when the block ends well, vanishes when it
+    does not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}')
@@ -117,11 +118,13 @@ NO_PEOPLE = {'__MACOSX', '@eaDir'}   # folders that other programs leave behind
 
 def photographs_of(folder) -> list:
     "The photographs that lie in a folder, sorted by name; hidden files are none."
-    files = (f for f in Path(folder).iterdir() if f.suffix.lower() in KINDS and not f.name.startswith('.'))
+    files = (f for f in Path(folder).iterdir() if f.suffix.lower() in KINDS
+             and not f.name.startswith('.'))
     return sorted(f for f in files if f.is_file())
 
 def _may_be_person(folder):
-    "Whether a folder may be somebody's: neither hidden, nor left by another program, nor results of ours."
+    """Whether a folder may be somebody's: neither hidden, nor left by another program, nor
+    results of ours."""
     foreign = folder.name.startswith('.') or folder.name in NO_PEOPLE
     return not foreign and folder.is_dir() and not (folder/'cells.sqlite').exists()
 

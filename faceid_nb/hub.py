@@ -132,7 +132,8 @@ def _sha256(path, block=1 << 20):
 def check_sum(
     path,  # in the hub's cache, where a large file is stored under its SHA-256
 ):
-    "Remove a file whose contents are not what its name in the cache says. Raises `CheckpointError`."
+    """Remove a file whose contents are not what its name in the cache says. Raises
+    `CheckpointError`."""
     blob = Path(path).resolve()
     if not re.fullmatch('[0-9a-f]{64}', blob.name): return path
     found = _sha256(blob)
@@ -158,7 +159,8 @@ def find_file(
     cache_dir=None,  # the hub's cache; None: its usual place
     download=True,   # False: only what is on this machine
 ) -> Path:
-    "A checkpoint or LoRA file. Raises `WeightsMissingError`, and `CheckpointError` for a damaged download."
+    """A checkpoint or LoRA file. Raises `WeightsMissingError`, and `CheckpointError` for a
+    damaged download."""
     if folder is not None and (Path(folder)/file).exists(): return Path(folder)/file
     if repo is None: return _find_tiny(file, folder)
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -167,7 +169,8 @@ def find_file(
     except Exception as e:
         looked = f'{folder} does not hold it' if folder else ''
         raise missing(file, repo, e, download, looked) from e
-    return Path(path if here == path else check_sum(path))   # what was in the cache was checked when it came
+    # what was in the cache was checked when it came
+    return Path(path if here == path else check_sum(path))
 
 # %% ../nbs/ground/71_hub.ipynb #4f59d3de
 @contextmanager

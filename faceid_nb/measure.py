@@ -14,7 +14,6 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 import numpy as np
-from PIL import Image
 from scipy.special import stdtrit
 from .adherence import as_list, prompt_adherence
 from .align import crop_template, similarity_transform, transform_points
@@ -42,13 +41,15 @@ def open_embedder(path, providers=None) -> Embedder:
     return _open_embedder(str(path), _hashable(providers))
 
 # %% ../nbs/use/22_measure.ipynb #ba63dcf6
-JUDGES = dict(buffalo_l='antelopev2', buffalo_m='antelopev2', buffalo_s='antelopev2', antelopev2='buffalo_l')
+JUDGES = dict(buffalo_l='antelopev2', buffalo_m='antelopev2', buffalo_s='antelopev2',
+              antelopev2='buffalo_l')
 
 def find_judge(
     reader,           # the `FaceReader` whose embeddings steer the generation
     providers=None,   # as for `FaceReader`; the reader's own when None
 ) -> Embedder:
-    "A second recogniser for a reader's pack: models/judge/rec.onnx beside it, or another InsightFace pack."
+    """A second recogniser for a reader's pack: models/judge/rec.onnx beside it, or another
+    InsightFace pack."""
     _, root, own, *_ = reader._args
     beside = reader.folder.parent/'judge'/'rec.onnx'
     if beside.is_file(): return open_embedder(beside, providers or own)
@@ -80,11 +81,13 @@ def _check_seen(faces):
     for face in faces:
         if face.image is not None: continue
         do = 'Give the photograph, save identities with crop=True, or pass judge=False'
-        raise ArgumentError('This face came without a picture, so a second recogniser cannot see it',
-                            repr(face), do)
+        raise ArgumentError(
+            'This face came without a picture, so a second recogniser cannot see it', repr(face),
+            do)
 
 def _embed(faces, reader, embedder):  # n faces or None -> float64 (n, 512)
-    "Unit rows, nan where there is no face. What the reader's own recogniser has said is not asked again."
+    """Unit rows, nan where there is no face. What the reader's own recogniser has said is not
+    asked again."""
     out = np.full((len(faces), 512), np.nan)
     own = ('', reader.name) if embedder is reader.embedder else ()
     known = [f is not None and f.embedding is not None and f.pack in own for f in faces]
@@ -108,7 +111,8 @@ def _faces_of(reference, reader, which):
     for part in _parts(reference):
         faces += part.sources if isinstance(part, Face) and part.sources else [part]
     if not faces:
-        raise ArgumentError('There is no reference', 'an empty list', 'Give at least one photograph')
+        raise ArgumentError('There is no reference', 'an empty list',
+                            'Give at least one photograph')
     return [f if isinstance(f, Face) else reader.best(f, which) for f in faces]
 
 def _first_face(things):
@@ -158,7 +162,8 @@ class Judge:
         return _embed(self.faces(images, which), self.reader, self.embedder)
     def embed_person(self, reference, which='largest'):
         "float64 (512,), unit norm: the mean of the person's photographs."
-        return _unit(_embed(_faces_of(reference, self.reader, which), self.reader, self.embedder).mean(0))
+        return _unit(_embed(_faces_of(reference, self.reader, which), self.reader,
+                            self.embedder).mean(0))
     def similarity(self, reference, images, which='largest'):
         "Cosines (n,), nan where no face was found."
         return self.embed(images, which) @ self.embed_person(reference, which)
@@ -187,7 +192,8 @@ def find_faces(
     reader=None,      # `FaceReader` that finds the faces, or a pack's name; 'tiny' when None
     which='largest',  # which face of a picture with several, see `choose_face`
 ) -> list:  # n `Face`s that carry their picture but no embedding; None where no face was found
-    "Where the face is in each picture, for `embed_faces`, `identity_similarity` and `structure_distance`."
+    """Where the face is in each picture, for `embed_faces`, `identity_similarity` and
+    `structure_distance`."""
     images = as_list(images)
     return as_judge(False, reader, _first_face(images)).faces(images, which)
 
@@ -206,7 +212,8 @@ def embed_reference(
     reference,  # a photograph or a `Face`, a mean of several, or a list of them: all of one person
     reader=None, judge=True, which='largest',  # as for `embed_faces`
 ) -> np.ndarray:  # float64 (512,), unit norm
-    "Who is to be recognised; several photographs are averaged. A reference without a face is an error."
+    """Who is to be recognised; several photographs are averaged. A reference without a face is
+    an error."""
     return as_judge(judge, reader, _first_face(_parts(reference))).embed_person(reference, which)
 
 def identity_similarity(
@@ -216,14 +223,17 @@ def identity_similarity(
     reader=None,      # finds the faces; None: the reference's own pack, 'tiny' for a plain photograph
     which='largest',  # which face counts in a picture with several
 ) -> np.ndarray:  # float64 (n,): cosines, nan where no face was found
-    "How much each picture looks like the person: strangers are near 0, two photographs are the ceiling."
-    return as_judge(judge, reader, _first_face(_parts(reference))).similarity(reference, images, which)
+    """How much each picture looks like the person: strangers are near 0, two photographs are the
+    ceiling."""
+    return as_judge(judge, reader,
+                    _first_face(_parts(reference))).similarity(reference, images, which)
 
 # %% ../nbs/use/22_measure.ipynb #30186d00
 def detection_rate(
     similarities,  # from `identity_similarity`
 ) -> float:  # 0 to 1
-    "The share of pictures in which a face was found. A mean likeness without it hides the failures."
+    """The share of pictures in which a face was found. A mean likeness without it hides the
+    failures."""
     s = np.asarray(similarities, np.float64)
     return float(np.mean(~np.isnan(s))) if s.size else float('nan')
 
@@ -240,7 +250,8 @@ def check_owners(matrix, owner):
     shaped = matrix.ndim == 2 and owner.shape == matrix.shape[:1]
     if shaped and (owner >= 0).all() and (owner < matrix.shape[1]).all(): return
     raise ArgumentError('Every picture needs one owner among the references',
-                        f'matrix {matrix.shape}, owners {owner.shape}', 'Give one column index a row')
+                        f'matrix {matrix.shape}, owners {owner.shape}',
+                        'Give one column index a row')
 
 # %% ../nbs/use/22_measure.ipynb #b2d56913
 def split_pairs(
@@ -323,10 +334,12 @@ class Calibration:
     @property
     def ceiling(self): return float(np.nanmean(self.genuine))  # what a perfect portrait would score
     @property
-    def copy_line(self): return float(np.nanquantile(self.genuine, .99))  # one genuine pair in 100 is above
+    # one genuine pair in 100 is above
+    def copy_line(self): return float(np.nanquantile(self.genuine, .99))
     def copies(self, similarities):
         "Which pictures are more like the photograph than another photograph would be: bool (n,)."
-        with np.errstate(invalid='ignore'): return np.asarray(similarities, np.float64) > self.copy_line
+        with np.errstate(invalid='ignore'):
+            return np.asarray(similarities, np.float64) > self.copy_line
     def verdict(self, x):
         if x > self.copy_line: return 'a copy?'
         return 'the same person' if x > self.threshold else 'could be anybody'
@@ -353,7 +366,8 @@ def calibrate(
     people,       # one list of photographs a person, two at least of each; or a folder of folders of them
     reader=None, judge=True, which='largest',  # as for `embed_faces`
 ) -> Calibration:
-    "Every photograph against every other. Photographs without a face are left out. Raises ArgumentError."
+    """Every photograph against every other. Photographs without a face are left out. Raises
+    ArgumentError."""
     people = _albums(people)
     owner = np.repeat(np.arange(len(people)), [len(p) for p in people])
     e = embed_faces(list(itertools.chain(*people)), reader, judge, which)
@@ -361,8 +375,9 @@ def calibrate(
     a, b = np.triu_indices(len(e), 1)
     cosines, same = (e @ e.T)[a, b], owner[a] == owner[b]
     if same.any() and not same.all(): return Calibration(cosines[same], cosines[~same])
-    raise ArgumentError('A calibration needs two people at least, and two photographs of one of them',
-                        f'{len(people)} people, {len(e)} photographs with a face', 'Give more photographs')
+    raise ArgumentError(
+        'A calibration needs two people at least, and two photographs of one of them',
+        f'{len(people)} people, {len(e)} photographs with a face', 'Give more photographs')
 
 # %% ../nbs/use/22_measure.ipynb #53b9500b
 def aligned_landmarks(face) -> np.ndarray:  # (5, 2), the distance of the template's eyes is 1
@@ -415,7 +430,8 @@ def measure_pictures(
     scorer='tiny',    # as for `prompt_adherence`
     each=False,       # every picture has a reference of its own
 ) -> dict:  # of float64 (n,): likeness, distance, and adherence where prompts were given
-    "All that is measured of pictures, each read once. The first of several photographs gives the structure."
+    """All that is measured of pictures, each read once. The first of several photographs gives
+    the structure."""
     images = [read_image(i) for i in as_list(images)]
     references = _one_each(reference, len(images), each)
     judge = as_judge(judge, reader, _first_face(map(_first, references)))
@@ -423,14 +439,9 @@ def measure_pictures(
     for r in references:
         if id(r) not in once: once[id(r)] = _know(r, judge, which)
     known = [once[id(r)] for r in references]
-    out = dict(
-        likeness=np.array([e @ who for e, (who, _) in zip(judge.embed(found), known)], np.float64),
-        distance=np.array([_apart(goal, face) for face, (_, goal) in zip(found, known)], np.float64))
+    out = dict(likeness=np.array([e @ who for e, (who, _) in zip(judge.embed(found), known)],
+                                 np.float64),
+               distance=np.array([_apart(goal, face) for face, (_, goal) in zip(found, known)],
+                                 np.float64))
     if prompts is not None: out['adherence'] = prompt_adherence(prompts, images, scorer)
     return out
-
-# %% ../nbs/use/22_measure.ipynb #978a64c1
-# until their users have moved to the rooms where these are made
-from .adherence import ClipScorer, SceneScorer, find_scorer  # noqa: E402, F401
-from .files import KINDS  # noqa: E402, F401
-_reader = _open_reader

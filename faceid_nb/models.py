@@ -24,7 +24,7 @@ class Model:
     name: str
     variant: str                # of the checkpoint
     checkpoint: str             # file name
-    lora: str = None            # file name of the separate LoRA; None: the one inside the checkpoint
+    lora: str = None  # file name of the separate LoRA; None: the one inside the checkpoint
     repo: str = None            # on the hub; None: the tiny pack
     base: str = 'sd'            # repository of the base model, or a folder of the pack
     vae: str = None             # repository of another VAE
@@ -36,9 +36,9 @@ class Model:
 # %% ../nbs/use/20_models.ipynb #e59fe46c
 CARD_NEGATIVE = 'monochrome, lowres, bad anatomy, worst quality, low quality'
 TERMS = 'FaceID weights and the InsightFace pack: non-commercial research only; base model: '
-SD15 = dict(
-    repo=HUB, base='SG161222/Realistic_Vision_V4.0_noVAE', vae='stabilityai/sd-vae-ft-mse', pack='buffalo_l',
-    negative_prompt=CARD_NEGATIVE, licence=TERMS + 'CreativeML OpenRAIL-M')
+SD15 = dict(repo=HUB, base='SG161222/Realistic_Vision_V4.0_noVAE', vae='stabilityai/sd-vae-ft-mse',
+            pack='buffalo_l', negative_prompt=CARD_NEGATIVE,
+            licence=TERMS + 'CreativeML OpenRAIL-M')
 SDXL = dict(
     repo=HUB, base='SG161222/RealVisXL_V3.0', pack='buffalo_l',
     negative_prompt=CARD_NEGATIVE, licence=TERMS + 'CreativeML OpenRAIL++-M')
@@ -99,7 +99,8 @@ def _is_sdxl_file(path):
         with safe_open(path, 'pt') as f: return any(k.startswith('conditioner.') for k in f.keys())
     except (SafetensorError, OSError) as e:
         found = f'{path.stat().st_size:,} bytes; safetensors says: {e}'
-        raise BaseModelError(f'{path} cannot be loaded as a base model', found, 'Download it again') from e
+        raise BaseModelError(f'{path} cannot be loaded as a base model', found,
+                             'Download it again') from e
 
 def is_sdxl(
     base,             # diffusers folder, .safetensors file, or repository
@@ -118,8 +119,10 @@ CONFIGS = {  # what diffusers takes as well
 }
 
 def file_config(sdxl, cache_dir=None, download=True):
-    "A single file holds weights alone. The folder with its configuration and tokenizers (2 MB of the hub)."
-    # left to itself diffusers would download them even with local_files_only; imported late as in `hub`
+    """A single file holds weights alone. The folder with its configuration and tokenizers (2 MB
+    of the hub)."""
+    # left to itself diffusers would download them even with local_files_only; imported late as in
+    # `hub`
     from huggingface_hub import snapshot_download
     repo = CONFIGS[sdxl]
     here = dict(cache_dir=cache_dir, local_files_only=not download)
@@ -131,7 +134,8 @@ def file_config(sdxl, cache_dir=None, download=True):
 def check_base(base):
     "Raise `WeightsMissingError` or `BaseModelError` for what cannot be a base model."
     path = Path(base)
-    a_repository = not path.is_absolute() and str(base).count('/') == 1 and path.suffix != '.safetensors'
+    a_repository = (not path.is_absolute() and str(base).count('/') == 1
+                    and path.suffix != '.safetensors')
     if not path.exists() and not a_repository:
         raise WeightsMissingError(f'The base model {base} is not there', 'No such file or folder',
                                   'Give a diffusers folder, a .safetensors file, or a repository of the hub')
@@ -152,13 +156,16 @@ def _load_vae(vae, dtype, hub):
     "Another VAE, from a folder or a repository. Raises `WeightsMissingError`."
     from diffusers import AutoencoderKL   # seconds: `MODELS` is asked for without it
     try: return AutoencoderKL.from_pretrained(vae, torch_dtype=dtype, **hub)
-    except Exception as e: raise missing(f'The VAE {vae}', vae, e, not hub['local_files_only']) from e
+    except Exception as e:
+        raise missing(f'The VAE {vae}', vae, e, not hub['local_files_only']) from e
 
 def _kind_of(sdxl):
     "The pipeline's class, and the parts that it is given or spared."
     from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
     if sdxl: kind, spared = StableDiffusionXLPipeline, dict(add_watermarker=False)
-    else: kind, spared = StableDiffusionPipeline, dict(safety_checker=None, requires_safety_checker=False)
+    else:
+        kind, spared = StableDiffusionPipeline, dict(safety_checker=None,
+                                                     requires_safety_checker=False)
     return kind, dict(scheduler=DDIMScheduler(**DDIM), **spared)
 
 # %% ../nbs/use/20_models.ipynb #83e6cef3
@@ -186,7 +193,8 @@ def load_pipeline(
 
 # %% ../nbs/use/20_models.ipynb #40b286f7
 def _beside(model, folder, part):
-    "A folder of the tiny pack, or one that lies in the caller's; None where it has to come from the hub."
+    """A folder of the tiny pack, or one that lies in the caller's; None where it has to come
+    from the hub."""
     if model.repo is None: return Path(folder or TINY)/part
     return Path(folder)/part if folder and (Path(folder)/part).is_dir() else None
 
@@ -202,7 +210,8 @@ def find_parts(
     files = dict(checkpoint=fetch(m.checkpoint), lora=fetch(m.lora))
     here = base or _beside(m, folder, m.base)
     encoder = m.encoder
-    if encoder: encoder = _beside(m, folder, encoder) or _beside(m, folder, 'image_encoder') or encoder
+    if encoder:
+        encoder = _beside(m, folder, encoder) or _beside(m, folder, 'image_encoder') or encoder
     return dict(**files, encoder=encoder, base=here or m.base, vae=None if here else m.vae)
 
 # %% ../nbs/use/20_models.ipynb #cfb43bb3
@@ -216,20 +225,23 @@ def _open_reader(pack, folder, device, download, providers):
     if folder is not None and (Path(folder)/'models'/pack).is_dir(): root = folder
     fetch = download and root is None and not HF_HUB_OFFLINE
     if fetch: download_pack(pack)   # nothing to do where it is there
-    return FaceReader(pack, root=root, providers=providers or ('cpu' if device.type == 'cpu' else None))
+    return FaceReader(pack, root=root, providers=providers
+                      or ('cpu' if device.type == 'cpu' else None))
 
 def _open_encoder(path, width, device, dtype, cache_dir, download):
     "The image encoder of Plus, which must fit the checkpoint; None for the other variants."
     from faceid_nb.encoder import StructureEncoder   # it may bring transformers
     if path is None: return None
     with no_bars(isinstance(path, Path)):
-        return StructureEncoder.from_pretrained(path, device, dtype, cache_dir, download).check(width)
+        return StructureEncoder.from_pretrained(path, device, dtype, cache_dir,
+                                                download).check(width)
 
 # %% ../nbs/use/20_models.ipynb #99cf7e88
 def _open_adapter(model, parts, device, dtype, cache_dir, download):
     "(adapter, image encoder or None), which belong together."
     from faceid_nb.adapter import FaceIDAdapter   # it brings diffusers
-    adapter = FaceIDAdapter.from_file(parts['checkpoint'], lora=parts['lora'], variant=model.variant)
+    adapter = FaceIDAdapter.from_file(parts['checkpoint'], lora=parts['lora'],
+                                      variant=model.variant)
     width = adapter.structure_width
     return adapter, _open_encoder(parts['encoder'], width, device, dtype, cache_dir, download)
 
@@ -253,8 +265,10 @@ def load(
     download=True,    # False: only what is on this machine
     providers=None,   # for the face reader, see `FaceReader`
 ):                    # -> FaceID
-    "Reader, adapter and pipeline for a name. Raises ArgumentError, WeightsMissingError, CheckpointError."
-    asked = dict(cache_dir=cache_dir, base=base, folder=folder, download=download, providers=providers)
+    """Reader, adapter and pipeline for a name. Raises ArgumentError, WeightsMissingError,
+    CheckpointError."""
+    asked = dict(cache_dir=cache_dir, base=base, folder=folder, download=download,
+                 providers=providers)
     model = known_model(name)
     device, dtype = choose_device(device, dtype)
     reader = _open_reader(model.pack, folder, device, download, providers)

@@ -15,18 +15,21 @@ def fit(
     image,  # PIL image
     tile,   # side of the square, in pixels
 ):          # -> PIL image
-    "The picture in a square: whole-pixel enlargement if it is small, smooth reduction if it is large."
+    """The picture in a square: whole-pixel enlargement if it is small, smooth reduction if it is
+    large."""
     from PIL import Image
     image = image.convert('RGB')
     factor = tile//max(image.size)
-    if factor: image = image.resize((image.width*factor, image.height*factor), Image.Resampling.NEAREST)
+    if factor:
+        image = image.resize((image.width*factor, image.height*factor), Image.Resampling.NEAREST)
     else: image.thumbnail((tile, tile), Image.Resampling.LANCZOS)
     square = Image.new('RGB', (tile, tile), 'white')
     square.paste(image, ((tile - image.width)//2, (tile - image.height)//2))
     return square
 
 # %% ../nbs/use/25_sheets.ipynb #44ca7e53
-GAP, LINE, TITLE_LINE = 12, 18, 20   # pixels between cells, of a line of a caption, of a line of the title
+# pixels between cells, of a line of a caption, of a line of the title
+GAP, LINE, TITLE_LINE = 12, 18, 20
 
 class Layout:
     "Places on a sheet, in pixels."
@@ -66,8 +69,10 @@ def contact_sheet(
     for k, (image, caption) in enumerate(zip(images, captions)):
         x, y = layout.place(k)
         sheet.paste(fit(image, tile), (x, y))
-        if k == 0: pen.rectangle((x - 3, y - 3, x + tile + 2, y + tile + 2), outline='#d9822b', width=3)
-        pen.text((x + tile/2, y + tile + 4), caption, fill='#222222', font=font, anchor='ma', align='center')
+        if k == 0:
+            pen.rectangle((x - 3, y - 3, x + tile + 2, y + tile + 2), outline='#d9822b', width=3)
+        pen.text((x + tile/2, y + tile + 4), caption, fill='#222222', font=font, anchor='ma',
+                 align='center')
     for k, line in enumerate(layout.title):
         pen.text((GAP, 8 + layout.bottom + TITLE_LINE*k), line, fill='#555555', font=font)
     return sheet
@@ -86,7 +91,8 @@ def table_lines(
     wide = [max(map(len, column)) for column in columns]
     sides = ['>' if all(map(_is_number, column[1:])) else '<' for column in columns]
     places = list(zip(sides, wide))
-    lines = [[f'{text:{side}{width}}' for text, (side, width) in zip(row, places)] for row in (head, *rows)]
+    lines = [[f'{text:{side}{width}}' for text, (side, width) in zip(row, places)]
+             for row in (head, *rows)]
     return ['  '.join(line).rstrip() for line in lines]
 
 def print_table(head, rows): print('\n'.join(table_lines(head, rows)))

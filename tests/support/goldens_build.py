@@ -1,6 +1,7 @@
 """Rebuild the models and checkpoint files of the golden cases (tests/goldens) from their configs and seeds.
 
-`pipeline('sd')`, `pipeline('sdxl')`, `image_encoder()`, `write_checkpoint(name, folder)`, `case(name)`, `inputs()`.
+`pipeline('sd')`, `pipeline('sdxl')`, `image_encoder()`, `write_checkpoint(name, folder)`, `case(name)`,
+`inputs()`.
 Nothing is trained: every weight comes from goldens/fill.py, by tensor name.
 """
 import json, sys
@@ -28,7 +29,8 @@ def inputs(name):
     return expected()[c['embeds']], image and Image.fromarray(expected()[image].numpy())
 
 def byte_characters():
-    "The 256 printable characters that stand for the 256 bytes in CLIP's and GPT-2's tokenizers, in their order."
+    """The 256 printable characters that stand for the 256 bytes in CLIP's and GPT-2's tokenizers, in their
+    order."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in plain]
     return [chr(b) for b in plain] + [chr(256 + i) for i in range(len(rest))]
@@ -42,7 +44,9 @@ def tokenizer():
 
 def _model(cls, config, seed):
     torch.manual_seed(0)
-    return fill_(cls(**SPEC['configs'][config]) if not isinstance(cls, tuple) else cls[0](cls[1](**SPEC['configs'][config])), SPEC['seeds'][seed]).eval()
+    return fill_(cls(**SPEC['configs'][config]) if not isinstance(cls,
+                                                                  tuple)
+                 else cls[0](cls[1](**SPEC['configs'][config])), SPEC['seeds'][seed]).eval()
 
 def unet(kind='sd', seed=None):
     from diffusers import UNet2DConditionModel
@@ -58,12 +62,19 @@ def pipeline(kind='sd'):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
     vae = _model(AutoencoderKL, 'vae', 'vae')
     if kind == 'sd':
-        pipe = StableDiffusionPipeline(vae=vae, text_encoder=_model((CLIPTextModel, CLIPTextConfig), 'text_sd', 'text_sd'), tokenizer=tokenizer(),
-            unet=unet('sd'), scheduler=scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        pipe = StableDiffusionPipeline(vae=vae,
+                                       text_encoder=_model((CLIPTextModel, CLIPTextConfig), 'text_sd',
+                                                           'text_sd'), tokenizer=tokenizer(), unet=unet('sd'),
+                                       scheduler=scheduler(), safety_checker=None, feature_extractor=None,
+                                       requires_safety_checker=False)
     else:
-        pipe = StableDiffusionXLPipeline(vae=vae, text_encoder=_model((CLIPTextModel, CLIPTextConfig), 'text_sdxl', 'text_sdxl'),
-            text_encoder_2=_model((CLIPTextModelWithProjection, CLIPTextConfig), 'text_sdxl', 'text_sdxl_2'),
-            tokenizer=tokenizer(), tokenizer_2=tokenizer(), unet=unet('sdxl'), scheduler=scheduler(), add_watermarker=False)
+        pipe = StableDiffusionXLPipeline(vae=vae,
+                                         text_encoder=_model((CLIPTextModel, CLIPTextConfig), 'text_sdxl',
+                                                             'text_sdxl'),
+                                         text_encoder_2=_model((CLIPTextModelWithProjection, CLIPTextConfig),
+                                                               'text_sdxl', 'text_sdxl_2'),
+                                         tokenizer=tokenizer(), tokenizer_2=tokenizer(), unet=unet('sdxl'),
+                                         scheduler=scheduler(), add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -72,15 +83,22 @@ def image_encoder():
     return _model((CLIPVisionModelWithProjection, CLIPVisionConfig), 'image_encoder', 'image_encoder')
 
 def state(name):
-    "Tensors of a golden checkpoint: {'image_proj': {...}, 'ip_adapter': {...}} or, for the LoRA file, {'lora': {...}}."
+    """Tensors of a golden checkpoint: {'image_proj': {...}, 'ip_adapter': {...}} or, for the LoRA file,
+    {'lora': {...}}."""
     spec = SPEC['checkpoints'][name]
     return {section: fill_({k: torch.zeros(shape) for k, shape in tensors.items()}, spec['seed'])
             for section, tensors in spec.items() if section != 'seed'}
+
+def flat(state):
+    "Both sections in one table."
+    out = {}
+    for section, tensors in state.items(): out |= {f'{section}.{key}': t for key, t in tensors.items()}
+    return out
 
 def write_checkpoint(name, folder):
     "Write a golden checkpoint file in its official format into `folder`; its path."
     path = Path(folder) / name
     s = state(name)
     if path.suffix == '.bin': torch.save(s, path)
-    else: save_file(s['lora'] if 'lora' in s else {f'{a}.{b}': t for a in s for b, t in s[a].items()}, path)
+    else: save_file(s['lora'] if 'lora' in s else flat(s), path)
     return path

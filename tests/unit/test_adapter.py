@@ -493,7 +493,8 @@ def test_instruct_pix2pix_has_three_parts():
 
 
 def test_bases_with_more_latent_channels():
-    "Eight channels in and out are a wide latent, not InstructPix2Pix; all eight tell whether halves are equal."
+    """Eight channels in and out are a wide latent, not InstructPix2Pix; all eight tell whether halves are
+    equal."""
     unet = golden_unet(in_channels=8, out_channels=8)
     a = FaceIDAdapter.from_state(**G.state(CKPT)).attach(unet)
     torch.manual_seed(0)

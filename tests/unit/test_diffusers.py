@@ -1,6 +1,7 @@
-"""Every variant that diffusers knows, loaded there and here from the same file: the same tensors, the same pictures."""
+"""Every variant that diffusers knows, loaded there and here from one file: the same tensors and pictures."""
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 import goldens_build as G
 from faceid_nb import checkpoint as C, convert as V
 from faceid_nb.adapter import FaceIDAdapter
@@ -11,63 +12,98 @@ VARIANTS = ['faceid', 'plus', 'plusv2', 'portrait']
 STEM = dict(faceid='', plus='-plus', plusv2='-plusv2', portrait='-portrait')
 
 
-def random_adapter(unet, variant, seed, rank=4, clip=96):
+def random_adapter(unet, variant, seed):
     "A random checkpoint that fits this UNet; every tensor matters."
-    a = FaceIDAdapter.new(unet, variant, 16 if variant == 'portrait' else 4, 0 if variant == 'portrait' else rank, seed, clip)
+    tokens, rank = (16, 0) if variant == 'portrait' else (4, 4)
+    a = FaceIDAdapter.new(unet, variant, tokens, rank, seed, clip_embeddings_dim=96)
     G.fill_(a.net, 20 + seed)
     return a
 
 
 def random_pipeline(base, seed):
     "A pipeline with a UNet of random shape."
-    from diffusers import UNet2DConditionModel
     r = torch.Generator().manual_seed(seed)
-    pick = lambda *xs: xs[int(torch.randint(len(xs), (), generator=r))]
+    def pick(*xs): return xs[int(torch.randint(len(xs), (), generator=r))]
     pipe = G.pipeline(base)
     spec = {**G.SPEC['configs'][f'unet_{base}'], 'layers_per_block': pick(1, 2)}
-    spec |= dict(block_out_channels=pick((16, 32), (32, 64)), attention_head_dim=pick(4, 8)) if base == 'sd' else {}
+    if base == 'sd': spec |= dict(block_out_channels=pick((16, 32), (32, 64)), attention_head_dim=pick(4, 8))
     pipe.register_modules(unet=G.fill_(UNet2DConditionModel(**spec), 10 + seed).eval())
     return pipe, pick
 
 
 def draw(pipe, prompts, seeds, guidance, k=1, **more):
     with torch.no_grad():
-        return pipe(prompts, num_inference_steps=2, guidance_scale=guidance, num_images_per_prompt=k, width=32, height=32, output_type='latent',
+        return pipe(prompts, num_inference_steps=2, guidance_scale=guidance, num_images_per_prompt=k,
+                    width=32, height=32, output_type='latent',
                     generator=[torch.Generator().manual_seed(s) for s in seeds], **more).images
+
+
+def same_tensors(a, b): return a.keys() == b.keys() and all(torch.equal(t, b[k]) for k, t in a.items())
+
+
+def same(a, b):
+    return same_tensors(a.image_proj, b.image_proj) and same_tensors(a.ip_adapter, b.ip_adapter)
+
+
+class Case:
+    "A random question to both: who, how strong, how many pictures; drawn by our adapter or by theirs."
+    def __init__(self, variant, guidance, seed, pick):
+        self.variant, self.guidance = variant, guidance
+        self.k, self.scale, self.s_scale = pick(1, 2), pick(.4, 1., 1.6), pick(.3, 1., 1.5)
+        photos = pick(1, 2, 3, 5) if variant == 'portrait' else 1
+        g = torch.Generator().manual_seed(seed)
+        self.embeds = torch.nn.functional.normalize(torch.randn(photos, 512, generator=g), dim=1)
+        self.states, self.nobody = torch.randn(1, 17, 96, generator=g), torch.randn(1, 17, 96, generator=g)
+
+    def draw(self, pipe, **more):
+        return draw(pipe, ['a b'], list(range(3, 3 + self.k)), self.guidance, self.k, **more)
+
+    def ours(self, pipe, adapter):
+        knobs = dict(scale=self.scale, num_images_per_prompt=self.k)
+        if 'plus' in self.variant:
+            knobs |= dict(structure=self.states, negative_structure=self.nobody, s_scale=self.s_scale)
+        faces = self.embeds[None] if self.variant == 'portrait' else self.embeds
+        adapter.attach(pipe)
+        with adapter.condition(faces, **knobs): made = self.draw(pipe)
+        adapter.detach()
+        return made
+
+    def theirs(self, pipe, file):
+        pipe.load_ip_adapter(str(file.parent), subfolder='', weight_name=file.name, image_encoder_folder=None)
+        pipe.set_ip_adapter_scale(self.scale)
+        guided = self.guidance > 1
+        if 'plus' in self.variant:
+            proj = pipe.unet.encoder_hid_proj.image_projection_layers[0]
+            proj.shortcut, proj.shortcut_scale = self.variant == 'plusv2', self.s_scale
+            # diffusers repeats the embeddings for a prompt's pictures, the states are the caller's business
+            states = (self.nobody, self.states) if guided else (self.states,)
+            proj.clip_embeds = torch.cat([s.repeat(self.k, 1, 1) for s in states])[:, None]
+        e = self.embeds
+        stack = torch.stack([torch.zeros_like(e), e]) if guided else e[None]
+        return self.draw(pipe, ip_adapter_image_embeds=[stack])
 
 
 @pytest.mark.parametrize('base, guidance, seed', [('sd', 1., 0), ('sd', 5., 1), ('sdxl', 5., 2)])
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_same_pictures(tmp_path, variant, base, guidance, seed):
     pipe, pick = random_pipeline(base, seed)
-    k, scale, s_scale, photos = pick(1, 2), pick(.4, 1., 1.6), pick(.3, 1., 1.5), pick(1, 2, 3, 5) if variant == 'portrait' else 1
+    case = Case(variant, guidance, seed, pick)
     adapter = random_adapter(pipe.unet, variant, seed)
-    g = torch.Generator().manual_seed(seed)
-    e = torch.nn.functional.normalize(torch.randn(photos, 512, generator=g), dim=1)
-    states, nobody = torch.randn(1, 17, 96, generator=g), torch.randn(1, 17, 96, generator=g)
-    seeds = list(range(3, 3 + k))
-    adapter.attach(pipe)
-    own = dict(structure=states, negative_structure=nobody, s_scale=s_scale) if 'plus' in variant else {}
-    with adapter.condition(e[None] if variant == 'portrait' else e, scale=scale, num_images_per_prompt=k, **own): ours = draw(pipe, ['a b'], seeds, guidance, k)
-    adapter.detach()
-    bare = draw(pipe, ['a b'], seeds, guidance, k)
+    ours, bare = case.ours(pipe, adapter), case.draw(pipe)
     file = adapter.save(tmp_path/f'ip-adapter-faceid{STEM[variant]}_x.safetensors')
-    pipe.load_ip_adapter(str(tmp_path), subfolder='', weight_name=file.name, image_encoder_folder=None)
-    pipe.set_ip_adapter_scale(scale)
-    stack = torch.stack([torch.zeros_like(e), e]) if guidance > 1 else e[None]
-    if 'plus' in variant:
-        proj = pipe.unet.encoder_hid_proj.image_projection_layers[0]
-        proj.shortcut, proj.shortcut_scale = variant == 'plusv2', s_scale
-        # diffusers repeats the embeddings for the pictures of a prompt, the states are the caller's business
-        proj.clip_embeds = torch.cat([s.repeat(k, 1, 1) for s in ((nobody, states) if guidance > 1 else (states,))])[:, None]
-    theirs = draw(pipe, ['a b'], seeds, guidance, k, ip_adapter_image_embeds=[stack])
+    theirs = case.theirs(pipe, file)
     assert (ours - theirs).abs().max() < G.TOLERANCE < (ours - bare).abs().max()/10
-    # what lies in the UNet now is what we say lies there, and it leads back to the file, bit for bit
-    names, held, c = list(pipe.unet.attn_processors), pipe.unet.state_dict(), C.read_checkpoint(file)
-    said = V.to_diffusers(c, names)
-    assert all(torch.equal(held[n], t) for n, t in said.items()) and {n for n in held if '_ip.' in n or 'encoder_hid' in n or 'lora_' in n} == set(said)
+    check_held(pipe.unet, C.read_checkpoint(file), variant)
+
+
+def check_held(unet, checkpoint, variant):
+    "What lies in the UNet now is what we say lies there, and it leads back to the file, bit for bit."
+    names, held = list(unet.attn_processors), unet.state_dict()
+    said = V.to_diffusers(checkpoint, names)
+    assert all(torch.equal(held[n], t) for n, t in said.items())
+    assert {n for n in held if '_ip.' in n or 'encoder_hid' in n or 'lora_' in n} == set(said)
     back = V.from_diffusers(held, names, variant)
-    assert back.variant == variant and all(getattr(back, part).keys() == getattr(c, part).keys() and all(torch.equal(t, getattr(c, part)[n]) for n, t in getattr(back, part).items()) for part in ('image_proj', 'ip_adapter'))
+    assert back.variant == variant and same(back, checkpoint)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
@@ -75,24 +111,27 @@ def test_round_trips(tmp_path, variant):
     unet = G.pipeline('sd').unet
     names = list(unet.attn_processors)
     a = random_adapter(unet, variant, 5)
-    same = lambda x, y: all(getattr(x, p).keys() == getattr(y, p).keys() and all(torch.equal(t, getattr(y, p)[k]) for k, t in getattr(x, p).items()) for p in ('image_proj', 'ip_adapter'))
     first = C.read_checkpoint(a.save(tmp_path/f'ip-adapter-faceid{STEM[variant]}_sd15.bin'))
     V.convert(first.path, tmp_path/'b.safetensors', variant)
     V.convert(tmp_path/'b.safetensors', tmp_path/f'c{STEM[variant]}.bin')
-    assert same(first, C.read_checkpoint(tmp_path/f'c{STEM[variant]}.bin', variant)) and same(first, V.from_diffusers(V.to_diffusers(first, names), names, variant))
+    assert same(first, C.read_checkpoint(tmp_path/f'c{STEM[variant]}.bin', variant))
+    assert same(first, V.from_diffusers(V.to_diffusers(first, names), names, variant))
     if variant == 'portrait':
-        with pytest.raises(LoRAError, match='no LoRA inside'): V.split_lora(first.path, tmp_path/'d.safetensors', tmp_path/'l.safetensors', names)
+        with pytest.raises(LoRAError, match='no LoRA inside'):
+            V.split_lora(first.path, tmp_path/'d.safetensors', tmp_path/'l.safetensors', names)
         return
     bare, lora = V.split_lora(first.path, tmp_path/'d.safetensors', tmp_path/'l.safetensors', names)
     c = C.read_checkpoint(bare)
     assert c.lora_rank == 0 and c.variant == variant
     assert same(first, C.read_checkpoint(V.join_lora(bare, lora, tmp_path/'e.safetensors', names)))
-    with pytest.raises(LoRAError, match='already'): V.join_lora(first.path, lora, tmp_path/'f.safetensors', names)
+    with pytest.raises(LoRAError, match='already'):
+        V.join_lora(first.path, lora, tmp_path/'f.safetensors', names)
 
 
 def test_a_unet_without_an_adapter():
     unet = G.pipeline('sd').unet
-    with pytest.raises(CheckpointError, match='No FaceID adapter'): V.from_diffusers(unet.state_dict(), list(unet.attn_processors))
+    with pytest.raises(CheckpointError, match='No FaceID adapter'):
+        V.from_diffusers(unet.state_dict(), list(unet.attn_processors))
 
 
 def test_names_of_another_unet_and_two_adapters_are_refused():
@@ -101,7 +140,9 @@ def test_names_of_another_unet_and_two_adapters_are_refused():
     state = random_adapter(unet, 'faceid', 5).state_dict()
     held = V.to_diffusers(C.check_state(state), names)
     with pytest.raises(BaseModelError, match='another UNet'): V.from_diffusers(held, names[:2])
-    with pytest.raises(CheckpointError, match='2 adapters'): V.from_diffusers(held | {k.replace('layers.0.', 'layers.1.', 1): t for k, t in held.items() if 'hid_proj' in k}, names)
+    with pytest.raises(CheckpointError, match='2 adapters'):
+        V.from_diffusers(held | {k.replace('layers.0.', 'layers.1.', 1): t
+                                 for k, t in held.items() if 'hid_proj' in k}, names)
 
 
 @pytest.mark.parametrize('photos', [1, 2, 3, 5, 7])
@@ -117,7 +158,8 @@ def test_portrait_takes_any_number_of_photographs(base, tokens, photos):
 
 
 def test_an_unnormalised_checkpoint_reads_raw_embeddings(tmp_path):
-    "An MLP trained so says it in its file's name; the official file, a resampler with learnt queries, also in its tensors (test_variants)."
+    """An MLP trained so says it in its file's name; the official file, a resampler with learnt queries,
+    also in its tensors (test_variants)."""
     from faceid_nb.errors import ArgumentError
     from faceid_nb.face import Face
     pipe = G.pipeline('sdxl')
@@ -130,7 +172,9 @@ def test_an_unnormalised_checkpoint_reads_raw_embeddings(tmp_path):
         with adapter.condition([[face, face]]) as c: made[name] = c.tokens
         adapter.detach()
     one, raw = made.values()
-    assert torch.equal(one, a.tokens(unit.expand(1, 2, -1))) and torch.equal(raw, a.tokens(22*unit.expand(1, 2, -1))) and not torch.equal(one, raw)
+    assert torch.equal(one, a.tokens(unit.expand(1, 2, -1)))
+    assert torch.equal(raw, a.tokens(22*unit.expand(1, 2, -1)))
+    assert not torch.equal(one, raw)
     adapter = FaceIDAdapter.from_file(tmp_path/'ip-adapter-faceid-portrait_sdxl_unnorm.bin').attach(pipe)
     with pytest.raises(ArgumentError, match='before normalisation'): adapter.condition(Face(unit.numpy()))
     adapter.detach()

@@ -76,21 +76,27 @@ def test_size_changes_the_resolution_and_nothing_else():
 def test_captions_say_what_is_drawn():
     photo, = P.render(P.sample_people(1, 3), shirt='red', background='night', expression='frowning',
                       glasses=1, hat='blue')
-    assert (photo.caption == 'photo of a person in a red shirt, frowning, night background, wearing glasses, '
-            'wearing a blue hat')
+    scene = 'frowning, night background, wearing glasses, wearing a blue hat'
+    assert photo.caption == f'photo of a person in a red shirt, {scene}'
     pixels = np.asarray(photo.image)/255
     assert np.abs(pixels[-2, 28:36].mean(0) - P.COLOURS['red']).max() < .15
+
+
+def test_captions_use_the_vocabulary():
     words = set(P.vocabulary())
     g = torch.Generator().manual_seed(0)
     p, s = P.sample_identities(300, g), P.sample_scenes(300, g)
-    said = {w for c in P.captions(p, s, random.Random(0)) for w in c.replace(',', '').split()}
-    assert said <= words and len(said) > .9*len(words)
+    said = set(' '.join(P.captions(p, s, random.Random(0))).replace(',', '').split())
+    assert said <= words
+    assert len(said) > .9*len(words)
 
 
 def test_photographs_keep_rows_of_one_person_together():
     t = P.photographs(4, 3, batch=6, compiled=False, progress=False)
-    assert t['images'].shape == (12, 3, 64, 64) and t['images'].dtype == torch.uint8
-    assert t['person'].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3] and len(t['scenes']['yaw']) == 12
+    assert t['images'].shape == (12, 3, 64, 64)
+    assert t['images'].dtype == torch.uint8
+    assert t['person'].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert len(t['scenes']['yaw']) == 12
     seen, p = P.sample_people(4, P.TRAINING_SEEDS), t['identities']
     assert torch.equal(seen[0].numbers['face_width'][0], p['face_width'][0])
 
@@ -99,7 +105,8 @@ def test_people_can_be_painted_over_any_background():
     g = torch.Generator().manual_seed(0)
     flat = torch.full((1, 3, 64, 64), .3)
     image = P.draw(P.sample_identities(1, g), P.sample_scenes(1, g), background=flat)[0]
-    assert torch.equal(image[0, :, 0, 0], flat[0, :, 0, 0]) and not torch.allclose(image, flat)
+    assert torch.equal(image[0, :, 0, 0], flat[0, :, 0, 0])
+    assert not torch.allclose(image, flat)
 
 
 @pytest.mark.parametrize('scene, says', [(dict(shirt='crimson'), 'crimson'), (dict(moustache=1), 'moustache'),

@@ -10,7 +10,7 @@ import faceid_nb
 from faceid_nb.tiny import crops, detector, shipping
 import faceid_nb.tiny.recognizer as rz
 from faceid_nb.align import ARCFACE_TEMPLATE, norm_crop
-from faceid_nb.tiny.people import draw, render, sample_identities, sample_people, sample_scenes
+from faceid_nb.tiny.people import draw, photographs, render, sample_identities, sample_people, sample_scenes
 
 TINY = Path(faceid_nb.__file__).parent/'weights'/'tiny'
 
@@ -46,9 +46,11 @@ def errors(app, photos):
 
 def test_insightface_routes_the_files(app):
     assert set(app.models) == {'detection', 'recognition'}
-    assert app.models['detection'].use_kps and len(app.models['detection'].output_names) == 9
+    assert app.models['detection'].use_kps
+    assert len(app.models['detection'].output_names) == 9
     r = app.models['recognition']
-    assert r.input_size == (112, 112) and (r.input_mean, r.input_std) == (127.5, 127.5)
+    assert r.input_size == (112, 112)
+    assert (r.input_mean, r.input_std) == (127.5, 127.5)
     crops = [np.random.default_rng(i).integers(0, 255, (112, 112, 3), np.uint8) for i in range(3)]
     assert r.get_feat(crops).shape == (3, 512)
     # rows of a batch do not mix
@@ -60,7 +62,8 @@ def test_insightface_routes_the_files(app):
 @pytest.mark.parametrize('size,n,rate,error', [(64, 60, .98, .04), (256, 12, 1., .05)])
 def test_finds_faces_and_landmarks(app, size, n, rate, error):
     e = errors(app, render(sample_people(n, 40 + size), seed=41, size=size))
-    assert (e < .25).mean() >= rate and np.nanmean(e) < error
+    assert (e < .25).mean() >= rate
+    assert np.nanmean(e) < error
 
 
 def test_small_and_large_heads(app):
@@ -87,7 +90,8 @@ def test_no_face_in_empty_scenes(app):
     empty = (detector.empty_scenes(100, 64, torch.Generator().manual_seed(70))*255).byte().permute(0, 2, 3,
                                                                                                    1).numpy()
     assert sum(len(app.models['detection'].detect(e)[0]) > 0 for e in empty) <= 2
-    assert not app.get(np.zeros((64, 64, 3), np.uint8)) and not app.get(np.full((100, 300, 3), 255, np.uint8))
+    assert not app.get(np.zeros((64, 64, 3), np.uint8))
+    assert not app.get(np.full((100, 300, 3), 255, np.uint8))
 
 
 @pytest.mark.parametrize('shape', [(64, 64), (200, 100), (100, 333)])
@@ -109,14 +113,17 @@ def pictures(): return crops.strangers(100, 4, seed=90)
 @pytest.mark.parametrize('path,tar', [('tiny/rec.onnx', .92), ('judge/rec.onnx', .93)])
 def test_recognises_strangers(pictures, path, tar):
     v = rz.verification(rz.embed(*pictures[:2], session(TINY/'models'/path)).view(100, 4, 512))
-    assert v['tar'] >= tar and v['genuine'].mean() > .65 and abs(v['impostor'].mean()) < .03
+    assert v['tar'] >= tar
+    assert v['genuine'].mean() > .65
+    assert abs(v['impostor'].mean()) < .03
 
 
 def test_recogniser_after_the_detector(app):
     a, b = (render(sample_people(20, 95), seed=s) for s in (1, 2))
     e = [np.stack([app.get(bgr(p))[0].normed_embedding for p in photos]) for photos in (a, b)]
     m = e[0] @ e[1].T
-    assert (m.argmax(1) == np.arange(20)).mean() >= .95 and np.diag(m).mean() > .6
+    assert (m.argmax(1) == np.arange(20)).mean() >= .95
+    assert np.diag(m).mean() > .6
 
 
 def test_judge_is_another_network(pictures):
@@ -133,7 +140,8 @@ def test_crops_equal_norm_crop():
     levels = (images*255).round().byte()
     ours = crops.align_crops(levels.float()/255, marks).permute(0, 2, 3, 1).numpy()*255
     cv = np.stack([norm_crop(a, m, 112) for a, m in zip(levels.permute(0, 2, 3, 1).numpy(), marks.numpy())])
-    assert np.abs(ours - cv).max() < 8 and np.abs(ours - cv).mean() < .6
+    assert np.abs(ours - cv).max() < 8
+    assert np.abs(ours - cv).mean() < .6
     np.testing.assert_array_equal(crops.TEMPLATE.numpy(), ARCFACE_TEMPLATE)
 
 
@@ -151,73 +159,10 @@ def test_margin_makes_the_right_answer_dearer(kind):
 def test_verification_of_perfect_and_of_random_embeddings():
     e = torch.eye(50, 512)[:, None].expand(50, 3, 512)
     v = rz.verification(e)
-    assert v['tar'] == 1. and v['genuine'].min() > .999 and v['impostor'].abs().max() < 1e-6
+    assert v['tar'] == 1.
+    assert v['genuine'].min() > .999
+    assert v['impostor'].abs().max() < 1e-6
     assert rz.verification(torch.randn(80, 3, 512, generator=torch.Generator().manual_seed(1)))['tar'] < .05
-
-
-@pytest.mark.parametrize('n,longest', [(64, 64), (640, 640), (100, 300), (128, 128)])
-def test_shrink_keeps_means_and_positions(n, longest):
-    m = detector.shrink_matrix(n, torch.tensor(float(longest)))
-    inside = round(n*128/longest) - 2
-    assert (m[:inside].sum(1) - 1).abs().max() < 1e-5 and (m >= 0).all()
-    where = m[2:inside] @ torch.arange(n).float()
-    expected = (torch.arange(2, inside) + .5)*longest/128 - .5
-    assert (where - expected).abs().max() < .02*longest/128 + 1e-3
-
-
-def test_refine_follows_an_exact_field():
-    goal = torch.tensor([[30., 40.], [70., 40.], [50., 55.], [35., 80.], [66., 78.]]).expand(2, 5, 2)
-    axis = (torch.arange(32) + .5)*4 - .5
-    grid = torch.stack(torch.meshgrid(axis, axis, indexing='xy'), 0)
-    field = ((goal[..., None, None] - grid)/8).reshape(2, 10, 32, 32)
-    start = goal[:, None] + torch.randn(2, 7, 5, 2, generator=torch.Generator().manual_seed(1))*4
-    assert (detector.refine(start, field) - goal[:, None]).abs().max() < 1e-3
-
-
-def test_each_face_has_an_anchor():
-    boxes = torch.tensor([[[10., 10., 24., 24.], [60., 50., 120., 110.], [0., 0., 0., 0.]]])
-    seen = torch.tensor([[True, True, False]])
-    answered = set()
-    for stride, sizes in zip(detector.STRIDES, detector.ANCHORS):
-        index, right, near = detector.assign(boxes, seen, stride, sizes)
-        assert (near | ~right).all()
-        answered |= set(index[right].tolist())
-    assert answered == {0, 1}
-
-
-def test_detector_onnx_equals_torch(tmp_path):
-    torch.manual_seed(0)
-    net = detector.Detector().eval()
-    net.heads[0].bias.data[:2] = 0.
-    s = session(detector.save_detector(net, tmp_path/'det.onnx'))
-    for h, w in ((128, 128), (320, 192)):
-        x = torch.rand(1, 3, h, w, generator=torch.Generator().manual_seed(1))*2 - 1
-        out = s.run(None, {'input': x.numpy()})
-        assert [o.shape[1:] for o in out] == [((h//k)*(w//k)*2, c) for c in (1, 4, 10) for k in (8, 16, 32)]
-        with torch.no_grad(): assert max(np.abs(a - b.numpy()).max() for a, b in zip(out, net(x))) < .05
-
-
-def test_onnx_ships_in_whole_numbers(tmp_path):
-    import onnx
-    torch.manual_seed(0)
-    net = detector.Detector().eval()
-    net.heads[0].bias.data[:2] = 0.
-    file = detector.save_detector(net, tmp_path/'det.onnx')
-    before, size = session(file), file.stat().st_size
-    assert shipping.ship_onnx(file) == file
-    assert file.stat().st_size < .65*size
-    assert not list(tmp_path.glob('*.part'))
-    kinds = {w.name: onnx.numpy_helper.to_array(w) for w in onnx.load(str(file)).graph.initializer}
-    whole = {k: v for k, v in kinds.items() if v.dtype == np.int8}
-    assert len(whole) > 10 and not any(v.dtype == np.float16 for v in kinds.values())
-    for name, q in whole.items():   # every row uses its whole range, and has a step of its own
-        assert (np.abs(q.astype(int)).reshape(len(q), -1).max(1) == 127).all()
-        assert kinds[name.replace('_whole', '_step')].shape == (len(q), *[1]*(q.ndim - 1))
-    x = (torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))*2 - 1).numpy()
-    a, b = (s.run(None, {'input': x}) for s in (before, session(file)))
-    for u, v in zip(a, b): assert 0 < np.abs(u - v).max() < .05*np.abs(u).max() + .02
-    assert any(w.data_type == onnx.TensorProto.INT8
-               for w in onnx.load(str(TINY/'models'/'tiny'/'rec.onnx')).graph.initializer)
 
 
 def test_training_repeats_and_resumes(tmp_path):
@@ -237,13 +182,9 @@ def test_training_repeats_and_resumes(tmp_path):
     again = [r for r in rz.learn_faces(photos, 'rec', steps=4, batch=8, seed=1,
                                        state=state)][-1]['model'].state_dict()
     assert max((whole[k].float() - again[k].float()).abs().max().item() for k in whole) < 1e-5
+
+
+def test_a_table_too_small_for_the_judge_is_refused():
+    with pytest.raises(ValueError, match='larger'): rz.people_for('judge', dict(person=torch.arange(6)))
+    photos = photographs(6, 1, batch=6, compiled=False, progress=False)
     with pytest.raises(ValueError, match='larger'): next(rz.learn_faces(photos, 'judge', steps=1))
-
-
-def test_detector_learns_a_little():
-    # some are empty
-    torch.manual_seed(0)
-    pools = detector.detector_pools(None, 0, 96, 96)
-    assert pools[0][3].any(1).float().mean() < .95
-    losses = [float(r['loss']) for r in detector.learn_detector(pools, steps=20, batch=16)]
-    assert np.mean(losses[-3:]) < .9*np.mean(losses[:3])

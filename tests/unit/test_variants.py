@@ -210,6 +210,19 @@ def tell_structure(theirs, states, s_scale, shortcut):
     projection.shortcut, projection.shortcut_scale, projection.clip_embeds = shortcut, s_scale, states
 
 
+def one_call(width, base, draw, B, parts):
+    "function(unet, more of added_cond_kwargs): its prediction for `parts` copies of B random latents."
+    x, text, rows = draw(B, 4, 8, 8), draw(2*B, 7, width), parts*B
+    more = dict(text_embeds=draw(rows, 64), time_ids=draw(rows, 6)) if base == 'sdxl' else {}
+    def run(net, **added):
+        return net(x.repeat(parts, 1, 1, 1), 500, encoder_hidden_states=text[:rows],
+                   added_cond_kwargs={**more, **added}).sample
+    return run
+
+
+def largest(a, b): return (a - b).abs().max().item()
+
+
 def differ(kind, base, seed):
     "The largest differences between ours and diffusers' predictions, and between ours and those for nobody."
     unet, a, pick = random_case(kind, base, seed)
@@ -220,24 +233,20 @@ def differ(kind, base, seed):
     e = draw(B, k, 512)*(1 if a.raw else 512**-.5)
     clip, none, s = (draw(B, L, a.structure_width or 1), draw(1, L, a.structure_width or 1),
                      2*torch.rand(B, generator=draw.generator))
-    x, text, t, parts = draw(B, 4, 8, 8), draw(2*B, 7, unet.config.cross_attention_dim), 500, 1 + cfg
-    rows = parts*B
-    more = dict(text_embeds=draw(rows, 64), time_ids=draw(rows, 6)) if base == 'sdxl' else {}
+    parts = 1 + cfg
+    rows, run = parts*B, one_call(unet.config.cross_attention_dim, base, draw, B, parts)
     seen = dict(structure=clip, negative_structure=none, s_scale=s) if a.structure_width else {}
-    def run(net, **kw):
-        return net(x.repeat(parts, 1, 1, 1), t, encoder_hidden_states=text[:rows],
-                   added_cond_kwargs={**more, **kw}).sample
     theirs = in_diffusers(unet, a, scale)
     both = torch.cat([torch.zeros_like(e), e])[-rows:]
     if a.structure_width:
         states = torch.cat([none.expand(B, -1, -1), clip])[-rows:, None]
         tell_structure(theirs, states, s.repeat(parts)[:, None, None], kind == 'plusv2')
     a.attach(unet)
+    faces = e if a.variant == 'portrait' else e[:, 0]
     with torch.no_grad():
-        with a.condition(e if a.variant == 'portrait' else e[:, 0], scale=scale, guidance=parts, **seen):
-            ours = run(unet)
-        return ((ours - run(theirs, image_embeds=[both[:, :, None] if a.raw else both])).abs().max().item(),
-                (ours - run(unet)).abs().max().item())
+        with a.condition(faces, scale=scale, guidance=parts, **seen): ours = run(unet)
+        expected = run(theirs, image_embeds=[both[:, :, None] if a.raw else both])
+        return largest(ours, expected), largest(ours, run(unet))
 
 
 @pytest.mark.parametrize('seed', range(3))
@@ -330,7 +339,7 @@ def test_facts_of_both_families():
 def test_agreement_is_the_mean_cosine_with_the_others():
     import numpy as np
     from faceid_nb.errors import ArgumentError
-    from faceid_nb.portrait import agreement
+    from faceid_nb.face import agreement
     rng = np.random.default_rng(0)
     e = rng.normal(size=(4, 512))
     unit = e/np.linalg.norm(e, axis=1, keepdims=True)

@@ -187,3 +187,18 @@ def test_a_lost_batch_is_not_given_out_for_ever(tmp_path):
     made = run(two_cells(), tmp_path, executor=e, batch_size=2)
     assert [c.state for c in made] == ['failed']*2 and e.given == 3
     assert 'three workers: OSError: the network is gone' in made[0].error
+
+
+class Refusing(cf.ThreadPoolExecutor):
+    "Is dead when it is first asked, as a pool whose worker was killed between two batches."
+    deaths = []
+
+    def submit(self, *args):
+        if self.deaths: raise self.deaths.pop()
+        return super().submit(*args)
+
+
+def test_a_batch_that_is_refused_is_not_lost(tmp_path):
+    Refusing.deaths = [cf.BrokenExecutor('killed')]
+    made = run(two_cells(), tmp_path, executor=lambda: Refusing(1), batch_size=1)
+    assert sorted(c.number for c in made) == [0, 1] and {c.state for c in made} == {'done'}
