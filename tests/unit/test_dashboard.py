@@ -209,7 +209,7 @@ def test_a_photograph_is_removed(views, board):
 
 
 def test_what_is_around_a_face_is_square(views):
-    face = P.around_face(views[1].photo.face)
+    face = P.around_face(views[1].photo.faces[1])
     assert face.width < 160 and abs(face.width - face.height) <= .15*face.width
 
 
