@@ -9,7 +9,7 @@ from conftest import ROOT, modules
 TINY_ROOMS = {'faceid_nb.tiny.people', 'faceid_nb.tiny.scenes'}
 VIEWS = {'faceid_nb.widgets', 'faceid_nb.panels', 'faceid_nb.dashboard'}
 STUDIO = VIEWS | {'faceid_nb.preview', 'faceid_nb.studio', 'faceid_nb.experiments'}
-WIDGETS = {'ipywidgets', 'traitlets', 'anywidget'}
+WIDGETS = {'ipywidgets', 'anywidget'}
 DEVELOPMENT = {'nbdev', 'fastcore', 'execnb', 'pytest', 'ruff'}
 PACKAGES = {'faceid_nb', 'faceid_nb.tiny'}
 MODULES = [name for name in modules() if name not in PACKAGES and not name.endswith('_modidx')]
@@ -69,6 +69,11 @@ def test_what_may_be_imported_does_not_train(name):
 @pytest.mark.parametrize('name', [m for m in MODULES if m not in VIEWS])
 def test_only_views_know_widgets(name):
     assert not {origin.split('.')[0] for origin, _ in imports(name)} & WIDGETS
+
+
+@pytest.mark.parametrize('name', [m for m in MODULES if m not in STUDIO])
+def test_only_the_studio_knows_traits(name):
+    assert 'traitlets' not in {origin.split('.')[0] for origin, _ in imports(name)}
 
 
 @pytest.mark.parametrize('name', MODULES)
