@@ -2206,7 +2206,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'faceid_nb.work.batches': ('study/work.html#batches', 'faceid_nb/work.py'),
                                 'faceid_nb.work.cut': ('study/work.html#cut', 'faceid_nb/work.py'),
                                 'faceid_nb.work.default_batch': ('study/work.html#default_batch', 'faceid_nb/work.py'),
-                                'faceid_nb.work.find_scoring': ('study/work.html#find_scoring', 'faceid_nb/work.py'),
                                 'faceid_nb.work.generate_cells': ('study/work.html#generate_cells', 'faceid_nb/work.py'),
                                 'faceid_nb.work.load_once': ('study/work.html#load_once', 'faceid_nb/work.py'),
                                 'faceid_nb.work.load_recipe': ('study/work.html#load_recipe', 'faceid_nb/work.py'),
