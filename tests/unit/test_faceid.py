@@ -14,7 +14,8 @@ from PIL import Image
 import helpers_pack as H
 from faceid_nb.adapter import FaceIDAdapter
 from faceid_nb.errors import ArgumentError
-from faceid_nb.faceid import FaceID, clean_latents, pair_rows, read_record, save_png, step_by_step
+from faceid_nb.faceid import FaceID, clean_latents, pair_rows, step_by_step
+from faceid_nb.files import read_record, save_png
 from faceid_nb.hub import DDIM
 
 FAST = dict(num_inference_steps=2)
