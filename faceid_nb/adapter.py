@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
-from .attention import DecoupledAttention, check_processor, cross_attention_layers, split_heads
-from .checkpoint import Checkpoint, check_fits, check_state, read_checkpoint, save_checkpoint
+from .attention import (DecoupledAttention, check_processor, cross_attention_layers,
+                                 split_heads)
+from .checkpoint import (Checkpoint, check_fits, check_state, read_checkpoint,
+                                  save_checkpoint)
 from .errors import ArgumentError, GuidanceError, LoRAError, VariantError
 from .guidance import equal_parts, guidance_rows, rows_of
 from .lora import LoRA, lora_from_checkpoint, lora_pairs, normal_lora, read_lora
@@ -55,8 +57,8 @@ def check_embeddings(e, width, several, raw):
         raise ArgumentError('This checkpoint reads embeddings as they were before normalisation',
                             'Found one of length 1', 'Give Face objects, or their raw_embedding')
     if not torch.isfinite(e).all():
-        raise ArgumentError('A face embedding holds numbers that are not finite', 'Found NaN or infinity',
-                            'Read the face again')
+        raise ArgumentError('A face embedding holds numbers that are not finite',
+                            'Found NaN or infinity', 'Read the face again')
 
 # %% ../nbs/method/07_adapter.ipynb #7aec648f
 def face_embeddings(
@@ -66,8 +68,8 @@ def face_embeddings(
     raw=False,      # of a Face take the embedding before normalisation
 ) -> torch.Tensor:
     "(n, 512) float32, or (n, k, 512) where `several`. Raises `ArgumentError`."
-    numbers = torch.is_tensor(faces) or isinstance(faces,
-                                                   np.ndarray)      # a table as it is, wherever it lies
+    # a table as it is, wherever it lies
+    numbers = torch.is_tensor(faces) or isinstance(faces, np.ndarray)
     e = torch.as_tensor(faces if numbers else _stack_people(faces, width, several, raw),
                         dtype=torch.float32)
     if e.ndim == 1: e = e[None]
@@ -77,7 +79,8 @@ def face_embeddings(
 
 # %% ../nbs/method/07_adapter.ipynb #0f89f466
 def _begins(key, path):
-    "Whether a prefix reaches a layer: 'down', 'mid' and 'up' are prefixes, and everything up to a dot."
+    """Whether a prefix reaches a layer: 'down', 'mid' and 'up' are prefixes, and everything up
+    to a dot."""
     return path == key or path.startswith(key + ('_block' if key in ('down', 'mid', 'up') else '.'))
 
 def layer_weights(
@@ -99,15 +102,17 @@ def layer_weights(
 # %% ../nbs/method/07_adapter.ipynb #055f856b
 @dataclass(kw_only=True)
 class Knobs:
-    "What `FaceIDAdapter.condition` takes besides the faces; each is neutral where it is left alone."
-    scale: object = 1.0              # weight of the identity: a number, or one per face or per picture
+    """What `FaceIDAdapter.condition` takes besides the faces; each is neutral where it is left
+    alone."""
+    scale: object = 1.0  # weight of the identity: a number, or one per face or per picture
     s_scale: object = 1.0            # PlusV2: weight of the structure, likewise
     num_images_per_prompt: int = 1   # as given to the pipeline
-    negative: object = None          # whom the unconditional rows read: one face or n; None: a zero embedding
+    # whom the unconditional rows read: one face or n; None: a zero embedding
+    negative: object = None
     start: float = 0.                # part of the noise schedule with identity: 0 is pure noise,
     end: float = 1.                  # 1 the finished picture
-    layers: dict = None              # {prefix of a layer's path: multiplier}, {'down': 0, 'up_blocks.1': .5}
-    guidance: int = None             # 1 off, 2 on, 3 InstructPix2Pix; None: work it out from the batch
+    layers: dict = None  # {prefix of a layer's path: multiplier}, {'down': 0, 'up_blocks.1': .5}
+    guidance: int = None  # 1 off, 2 on, 3 InstructPix2Pix; None: work it out from the batch
     record: bool = False             # keep the attention over the identity tokens
     structure: object = None         # Plus: CLIP states of the crops (n, L, c),
     negative_structure: object = None  # and of an empty picture (1, L, c)
@@ -156,10 +161,12 @@ def _plus_tokens(proj, embeds, structure, s_scale):
 # %% ../nbs/method/07_adapter.ipynb #c5273f9e
 @dataclass
 class AdapterWeights:
-    "What an adapter has learned, in float32 under the official names: tokens, keys and values, LoRA."
+    """What an adapter has learned, in float32 under the official names: tokens, keys and values,
+    LoRA."""
     net: nn.Module       # .image_proj makes tokens, .ip_adapter holds the layers that read them
     facts: Checkpoint    # what the checkpoint was found to be; its tensors are the ones in `net`
-    lora: dict = None    # '<path>.down', '<path>.up' of a separate file; None: the LoRA in `net.ip_adapter`
+    # '<path>.down', '<path>.up' of a separate file; None: the LoRA in `net.ip_adapter`
+    lora: dict = None
     raw: bool = False    # it reads embeddings before normalisation
     variant = property(attrgetter('facts.variant'))
     num_tokens = property(attrgetter('net.image_proj.num_tokens'))
@@ -172,12 +179,13 @@ class AdapterWeights:
     def parameters(self): return list(self.net.parameters())
     def state_dict(self):
         "{'image_proj': {...}, 'ip_adapter': {...}}: the official layout"
-        return {part: dict(getattr(self.net, part).state_dict()) for part in ('image_proj', 'ip_adapter')}
+        return {part: dict(getattr(self.net, part).state_dict())
+                for part in ('image_proj', 'ip_adapter')}
     def save(self, path):
         "Write a .bin or .safetensors file in the official layout."
         return save_checkpoint(self.state_dict(), path, self.variant)
-    def tokens(self, embeds, structure=None, s_scale=1.0): return identity_tokens(self, embeds, structure,
-                                                                                  s_scale)
+    def tokens(self, embeds, structure=None, s_scale=1.0):
+        return identity_tokens(self, embeds, structure, s_scale)
 
 # %% ../nbs/method/07_adapter.ipynb #f335945f
 def identity_tokens(
@@ -219,12 +227,15 @@ def weights_from_file(
 ) -> AdapterWeights:
     "Read a checkpoint. Raises `CheckpointError` and its kinds."
     weights = weights_of(read_checkpoint(path, variant), lora if lora is None else read_lora(lora))
-    weights.raw |= 'unnorm' in Path(path).name.lower()     # an MLP that was trained so: only its name tells
+    # an MLP that was trained so: only its name tells
+    weights.raw |= 'unnorm' in Path(path).name.lower()
     return weights
 
 def weights_from_state(image_proj, ip_adapter, variant=None, lora=None) -> AdapterWeights:
-    "From the two sections of a checkpoint, and a separate LoRA. Raises `CheckpointError` and its kinds."
-    return weights_of(check_state({'image_proj': image_proj, 'ip_adapter': ip_adapter}, variant), lora)
+    """From the two sections of a checkpoint, and a separate LoRA. Raises `CheckpointError` and
+    its kinds."""
+    return weights_of(check_state({'image_proj': image_proj, 'ip_adapter': ip_adapter}, variant),
+                      lora)
 
 # %% ../nbs/method/07_adapter.ipynb #dc57695e
 def _fresh_projection(width, variant, num_tokens, seed, clip_embeddings_dim):
@@ -232,7 +243,9 @@ def _fresh_projection(width, variant, num_tokens, seed, clip_embeddings_dim):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if 'plus' not in variant: proj = MLPProjection(width, num_tokens=num_tokens)
-        else: proj = PlusProjection(width, clip_embeddings_dim=clip_embeddings_dim, num_tokens=num_tokens)
+        else:
+            proj = PlusProjection(width, clip_embeddings_dim=clip_embeddings_dim,
+                                  num_tokens=num_tokens)
     # a unit vector of 512 numbers has entries near 0.04; the layer expects entries near 1
     proj.proj[0].weight.data *= 15
     return proj
@@ -242,7 +255,8 @@ def _fresh_layer(i, attn, cross, rank, g):
     layer = {}
     linears = dict(to_q=attn.to_q, to_k=attn.to_k, to_v=attn.to_v, to_out=attn.to_out[0])
     for part, linear in linears.items() if rank else ():
-        layer[f'{i}.{part}_lora.down.weight'] = torch.randn(rank, linear.in_features, generator=g) / rank
+        layer[f'{i}.{part}_lora.down.weight'] = torch.randn(rank, linear.in_features,
+                                                            generator=g) / rank
         layer[f'{i}.{part}_lora.up.weight'] = torch.zeros(linear.out_features, rank)
     for part in ('to_k', 'to_v') if cross else ():
         layer[f'{i}.{part}_ip.weight'] = linears[part].weight.detach().float().cpu().clone()
@@ -267,7 +281,8 @@ def fresh_state(
 
 def fresh_weights(unet, variant='faceid', *args, **kwargs) -> AdapterWeights:
     "`fresh_state` as weights; `unet` may be a pipeline that has one."
-    return weights_from_state(**fresh_state(find_unet(unet), variant, *args, **kwargs), variant=variant)
+    return weights_from_state(**fresh_state(find_unet(unet), variant, *args, **kwargs),
+                              variant=variant)
 
 def find_unet(target):
     "The UNet of a pipeline, or itself, out of torch.compile's wrapper."
@@ -279,7 +294,8 @@ class CrossLayers:
     "The cross-attention layers of a UNet, with processors of ours."
     def __init__(self, unet, net, sdpa=True):  # `AdapterWeights.net`
         modules = enumerate(cross_attention_layers(unet))
-        self.cross = {path: (attn, net.ip_adapter[str(i)]) for i, (path, attn, cross) in modules if cross}
+        self.cross = {path: (attn, net.ip_adapter[str(i)])
+                      for i, (path, attn, cross) in modules if cross}
         self.processors = {path: DecoupledAttention(None, sdpa) for path in self.cross}
     def install(self):
         "Put our processors in, above whatever is there."
@@ -331,7 +347,7 @@ class Attachment:
             self.remove()
             raise
     def remove(self):
-        if self.lora: self.lora.undo()        # first: where it cannot be undone now, all stays attached
+        if self.lora: self.lora.undo()  # first: where it cannot be undone now, all stays attached
         self.layers.remove()
         for swap in self.swapped: swap.undo()
         if self.hook: self.hook.remove()
@@ -373,7 +389,8 @@ def read_identities(weights, faces, knobs) -> Identities:
         raise ArgumentError(f'{len(negative)} negative faces', f'There are {n} faces',
                             'Give one, or one for each')
     tokens = weights.tokens(e.repeat_interleave(k, 0), _a_picture_each(knobs.structure, k), s_scale)
-    def nobody(): return weights.tokens(_a_picture_each(negative, k), knobs.negative_structure, s_scale)
+    def nobody():
+        return weights.tokens(_a_picture_each(negative, k), knobs.negative_structure, s_scale)
     return Identities(tokens, nobody, scale)
 
 # %% ../nbs/method/07_adapter.ipynb #9025656f
@@ -413,7 +430,8 @@ def read_layout(attachment, sample, n, parts):
 
 # %% ../nbs/method/07_adapter.ipynb #a651f121
 def in_window(knobs, timestep, pipe):
-    "Whether this step lies between start and end: 0 is pure noise, 1 the picture. Raises `ArgumentError`."
+    """Whether this step lies between start and end: 0 is pure noise, 1 the picture. Raises
+    `ArgumentError`."""
     if (knobs.start, knobs.end) == (0., 1.): return True
     scheduler = getattr(pipe, 'scheduler', None)
     steps = getattr(getattr(scheduler, 'config', None), 'num_train_timesteps', 1000)
@@ -427,14 +445,15 @@ def in_window(knobs, timestep, pipe):
 def _enlarge(w, latents, size):
     "Attention of a layer, (rows, N, T), as pictures: (rows, T, *size)"
     height, width = latents
-    times = round((height * width / w.shape[1]) ** .5)      # how much smaller this layer's picture is
+    times = round((height * width / w.shape[1]) ** .5)  # how much smaller this layer's picture is
     rows = -(-height // times)
     return F.interpolate(w.transpose(1, 2).unflatten(-1, (rows, -1)), size, mode='bilinear')
 
 def mean_maps(recorded, latents, size, layers=None, steps=slice(None)):
     "See `Condition.attention_maps`."
     maps = []
-    for path in layers or recorded: maps += [_enlarge(w, latents, size) for w in recorded[path][steps]]
+    for path in layers or recorded:
+        maps += [_enlarge(w, latents, size) for w in recorded[path][steps]]
     if not maps:
         raise ArgumentError('Nothing was recorded', 'There are no maps',
                             'Pass record=True to condition() and run the pipeline inside')
@@ -463,7 +482,8 @@ class Condition:
     def __init__(self, at, identities, knobs):  # `Attachment`, `Identities`, `Knobs`
         self.at, self.identities, self.tokens, self.knobs = at, identities, identities.tokens, knobs
         self.layers = layer_weights(knobs.layers, list(at.layers.cross))
-        self.maps, self.size = {}, None         # layer -> [(rows, N, T) of every step]; size of the latents
+        # layer -> [(rows, N, T) of every step]; size of the latents
+        self.maps, self.size = {}, None
         self.key = self.kv = None
     def __enter__(self):
         check_still_attached(self.at)
@@ -474,25 +494,26 @@ class Condition:
         self.at.active, self.key, self.kv = self.outer, None, None
         self.at.layers.clear(keep_graph=True)
     def prepare(self, sample, timestep, text):
-        "Before every run of the UNet: hand each layer K and V of its identity tokens for this batch."
+        "Before every run of the UNet: hand each layer K and V of its identity tokens."
         shown = in_window(self.knobs, timestep, self.at.pipe) and self.identities.scale.any()
         kv = current_kv(self, sample, text) if shown else {}
         for path, p in self.at.layers.processors.items():
             p.kv, p.record = kv.get(path), partial(self.keep, path) if self.knobs.record else None
         self.size = tuple(sample.shape[-2:])
     def keep(self, path, w): self.maps.setdefault(path, []).append(w[self.reads])
-    def attention_maps(self, size, layers=None,
-                       steps=slice(None)):  # (height, width); paths of layers; which steps
-        "Recorded attention over the tokens, mean of layers and steps: (rows, T, *size), sums to 1 over T"
+    def attention_maps(self, size, layers=None, steps=slice(None)):
+        """Recorded attention, (rows, T, *size), sums to 1 over T; `layers` are paths, `size` is
+        (h, w)."""
         return mean_maps(self.maps, self.size, size, layers, steps)
 
 # %% ../nbs/method/07_adapter.ipynb #da69e220
 def check_attachable(weights, unet):
-    "The LoRA to put on, after everything fits: the UNet's processors, the shapes, the LoRA's names. Raises."
+    """The LoRA to put on, after everything fits: the UNet's processors, the shapes, the LoRA's
+    names. Raises."""
     modules = cross_attention_layers(unet)
     for path, attn, cross in modules:
-        if cross and not isinstance(attn.processor, DecoupledAttention): check_processor(path,
-                                                                                         attn.processor)
+        if cross and not isinstance(attn.processor, DecoupledAttention):
+            check_processor(path, attn.processor)
     check_fits(replace(weights.facts, **weights.state_dict()), unet)
     lora = weights.lora
     if lora is None:
@@ -508,10 +529,12 @@ def attach(adapter,
     lora_weight=1.0,  # 0 switches the LoRA off
     sdpa=None,        # False: plain matrix products, not fused attention (faster backwards on a CPU)
 ):
-    "Install processors and LoRA. On any error the target stays as it was; another adapter on it is detached."
+    """Install processors and LoRA. On any error the target stays as it was; another adapter on
+    it is detached."""
     unet, net = find_unet(target), adapter.weights.net
     lora = check_attachable(adapter.weights, unet)
-    for other in {adapter.at, getattr(unet, '_faceid_attachment', None)} - {None}: other.owner.detach()
+    for other in {adapter.at, getattr(unet, '_faceid_attachment', None)} - {None}:
+        other.owner.detach()
     net.requires_grad_(not fold)
     if not fold: net.to(unet.device)
     pipe = None if unet is target else target
@@ -556,23 +579,26 @@ def check_lora(attachment):
 # %% ../nbs/method/07_adapter.ipynb #22f87810
 def _of_weights(name): return property(attrgetter(f'weights.{name}'))
 
+# %% ../nbs/method/07_adapter.ipynb #d75e13ec
 class FaceIDAdapter:
     "IP-Adapter-FaceID on a diffusers pipeline: `attach`, `condition`, `detach`."
     def __init__(self, weights):
-        self.weights, self.at = weights, None     # `AdapterWeights`, and the `Attachment` while there is one
+        # `AdapterWeights`, and the `Attachment` while there is one
+        self.weights, self.at = weights, None
     @classmethod
-    def from_file(cls, path, lora=None, variant=None): return cls(weights_from_file(path, lora, variant))
+    def from_file(cls, path, lora=None, variant=None):
+        return cls(weights_from_file(path, lora, variant))
     @classmethod
     def from_state(cls, image_proj, ip_adapter, variant=None, lora=None):
         return cls(weights_from_state(image_proj, ip_adapter, variant, lora))
     @classmethod
-    def new(cls, unet, variant='faceid', *args,
-            **kwargs): return cls(fresh_weights(unet, variant, *args, **kwargs))
+    def new(cls, unet, variant='faceid', *args, **kwargs):
+        return cls(fresh_weights(unet, variant, *args, **kwargs))
     attach, detach, condition = attach, detach, condition
     net, variant, lora, raw = map(_of_weights, ('net', 'variant', 'lora', 'raw'))
-    num_tokens, embedding_dim, structure_width = map(_of_weights,
-                                                     ('num_tokens', 'embedding_dim', 'structure_width'))
-    tokens, parameters, state_dict, save = map(_of_weights, ('tokens', 'parameters', 'state_dict', 'save'))
+    num_tokens, embedding_dim = map(_of_weights, ('num_tokens', 'embedding_dim'))
+    structure_width, tokens = map(_of_weights, ('structure_width', 'tokens'))
+    parameters, state_dict, save = map(_of_weights, ('parameters', 'state_dict', 'save'))
     def to(self, *args, **kwargs):
         self.net.to(*args, **kwargs)
         return self

@@ -41,7 +41,8 @@ class PromptKeys:
     def __init__(self): self.clear()
     def clear(self): self.text = self.version = self.kv = None
     def __call__(self, attn, text):
-        # in training and while compiling nothing is kept; inference tensors do not count their changes
+        # in training and while compiling nothing is kept; inference tensors do not count their
+        # changes
         if torch.is_grad_enabled() or text.is_inference() or torch.compiler.is_compiling():
             return text_kv(attn, text)
         if self.text is not text or self.version != text._version:
@@ -57,7 +58,7 @@ def head_mask(attn, mask, text):
 
 # %% ../nbs/method/04_attention.ipynb #9c00032d
 class DecoupledAttention:
-    "Processor of one cross-attention layer: text attention, plus the identity tokens' when `kv` is set."
+    "Processor of one cross-attention layer: text attention, and the identity's where `kv` is set."
     def __init__(self,
         usual,      # the processor it stands in for; it runs alone while there is no identity
         sdpa=True,  # see `attend`
@@ -65,20 +66,23 @@ class DecoupledAttention:
         self.usual, self.sdpa, self.prompt = usual, sdpa, PromptKeys()
         self.clear()
     def clear(self):
-        self.kv = None      # (K, V) of the identity tokens, (B, heads, T, c) each, V already times the scale
-        self.record = None  # a function that takes the attention over them, (B, N, T), mean of the heads
+        self.kv = None      # (K, V) of the identity, (B, heads, T, c) each, V times the scale
+        self.record = None  # a function that takes the attention over it, (B, N, T)
         self.prompt.clear()
     def __call__(self, attn,
         hidden_states,               # (B, N, dim)
         encoder_hidden_states=None,  # (B, L, d) text states
         attention_mask=None, temb=None, **kwargs):
-        if self.kv is None: return self.usual(attn, hidden_states, encoder_hidden_states, attention_mask)
+        if self.kv is None:
+            return self.usual(attn, hidden_states, encoder_hidden_states, attention_mask)
         mask = head_mask(attn, attention_mask, encoder_hidden_states)
         q = split_heads(attn.to_q(hidden_states), attn.heads)                        # (B, h, N, c)
-        x = attend(q, *self.prompt(attn, encoder_hidden_states), mask, self.sdpa)    # softmax(Q K') V
+        text_k, text_v = self.prompt(attn, encoder_hidden_states)
         k, v = (t.to(q.dtype) for t in self.kv)
-        x = x + attend(q, k, v, None, self.sdpa)                            # + scale softmax(Q K_ip') V_ip
-        if self.record is not None: self.record(attention_weights(q, k).mean(1).detach().float().cpu())
+        x = attend(q, text_k, text_v, mask, self.sdpa)       # softmax(Q K') V
+        x = x + attend(q, k, v, None, self.sdpa)             # + scale softmax(Q K_ip') V_ip
+        if self.record is not None:
+            self.record(attention_weights(q, k).mean(1).detach().float().cpu())
         x = attn.to_out[1](attn.to_out[0](x.transpose(1, 2).flatten(2)))             # (B, N, dim)
         return x / attn.rescale_output_factor
 
@@ -86,7 +90,8 @@ class DecoupledAttention:
 def cross_attention_layers(
     unet,  # diffusers' UNet2DConditionModel
 ):
-    "Every attention module, in the order of `attn_processors`: [(path, module, is it cross-attention)]"
+    """Every attention module, in the order of `attn_processors`: [(path, module, is it
+    cross-attention)]"""
     if not hasattr(unet, 'attn_processors'):
         raise ArgumentError('The adapter needs a UNet of diffusers', f'Found {type(unet).__name__}',
                             'Pass a pipeline with a .unet, or the UNet')
@@ -113,7 +118,8 @@ def check_processor(name, processor):
 def base_facts(
     pipe,  # a Stable Diffusion or SDXL pipeline
 ) -> dict:
-    "What an adapter has to know of a base model, and what else tells SDXL from Stable Diffusion 1.5."
+    """What an adapter has to know of a base model, and what else tells SDXL from Stable
+    Diffusion 1.5."""
     unet, c = pipe.unet, pipe.unet.config
     layers = cross_attention_layers(unet)
     cross = [attn for _, attn, is_cross in layers if is_cross]

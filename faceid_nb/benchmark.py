@@ -22,7 +22,8 @@ from .errors import ArgumentError, FaceIDError
 from .face import FaceReader
 from .files import atomic, people_in
 from .images import read_image
-from .measure import Calibration, Judge, as_list, mean_interval, open_reader, share_interval
+from .measure import (Calibration, Judge, as_list, mean_interval, open_reader,
+                               share_interval)
 from .measure import structure_distance
 from .models import MODELS
 from .sweep import Sweep
@@ -44,12 +45,14 @@ def check_people(people):
                             'Give a folder for each person, or one photograph of each')
     for name, photos in people.items():
         if photos: continue
-        raise ArgumentError(f'There is no photograph of {name}', 'an empty list', 'Leave this person out')
+        raise ArgumentError(f'There is no photograph of {name}', 'an empty list',
+                            'Leave this person out')
 
 def name_people(
     people,  # a folder; a list or a dictionary {name: ...} of photographs, or of lists of one person's
 ) -> dict:   # {name: list of photographs}, the first is the one that is given to the generator
-    "Who is to be drawn. A folder holds one for each person, or one photograph of each. Raises ArgumentError."
+    """Who is to be drawn. A folder holds one for each person, or one photograph of each. Raises
+    ArgumentError."""
     folder = isinstance(people, (str, os.PathLike))
     people = people_in(people, loose=True) if folder else _name_photographs(people)
     check_people(people)
@@ -80,7 +83,8 @@ def _pack_of(label, model):
 
 # %% ../nbs/study/32_benchmark.ipynb #30d84556
 def name_models(models) -> tuple:  # ({label: name or FaceID}, face pack)
-    "The models that are compared: all of one face pack, since cosines of two judges do not compare."
+    """The models that are compared: all of one face pack, since cosines of two judges do not
+    compare."""
     models, packs = _label_models(models), {}
     for label, m in models.items(): packs.setdefault(_pack_of(label, m), label)
     if len(packs) == 1: return models, next(iter(packs))
@@ -105,7 +109,8 @@ def look_at(photos, judge) -> Seen:  # of one person; a `Judge`
     "The photographs of one person, each read once."
     faces = judge.faces(photos)
     missing = not faces or faces[0] is None
-    apart = np.full(len(faces), np.nan) if missing else structure_distance(faces[0], faces, judge.reader)
+    apart = np.full(len(faces),
+                    np.nan) if missing else structure_distance(faces[0], faces, judge.reader)
     return Seen(judge.embed(faces), apart)
 
 # %% ../nbs/study/32_benchmark.ipynb #877ed98f
@@ -120,7 +125,8 @@ def _compare_pairs(seen):
     return Calibration(cosines[same & known], cosines[~same & known])
 
 def compare_photographs(seen) -> tuple:  # {name: `Seen`}
-    "(table, Calibration) of all photographs but the first against the first; Nones where nobody has two."
+    """(table, Calibration) of all photographs but the first against the first; Nones where
+    nobody has two."""
     rows = []
     for name, s in seen.items():
         if np.isnan(s.embeddings[0, 0]): continue
@@ -132,7 +138,8 @@ def compare_photographs(seen) -> tuple:  # {name: `Seen`}
 
 # %% ../nbs/study/32_benchmark.ipynb #deb3c7f1
 SCORES = ('likeness', 'other', 'adherence', 'distance')
-SAID = ('num_inference_steps', 'guidance_scale', 'scale', 's_scale')   # said even where they are the defaults
+# said even where they are the defaults
+SAID = ('num_inference_steps', 'guidance_scale', 'scale', 's_scale')
 
 def _means(made):
     "For every score its mean over people and half the 95% interval."
@@ -178,7 +185,7 @@ class Benchmark:
     rows: object           # DataFrame, a row a model; `_half` is half the 95% interval over people,
                            # `share` the part of the photographs' likeness
     pictures: object       # DataFrame, a row a picture; `file` is relative to the results' folder
-    photographs: object    # dict, the same columns for other photographs of the same people, or None
+    photographs: object  # dict, the same columns for other photographs of the same people, or None
     calibration: object    # `Calibration` of the judge on these photographs; None likewise
     settings: dict         # what `generate` was given, defaults included
     judge: str             # who says how alike
@@ -209,14 +216,17 @@ def _line(row):
     "The texts of a row, one a column."
     model, counts = str(row['model']).replace('|', '/'), [str(row['people']), str(row['pictures'])]
     alike = [_mean(row, 'likeness'), _share(row['share']), _mean(row, 'other'), _found(row)]
-    return [model, *alike, _mean(row, 'adherence'), _mean(row, 'distance'), _share(row['copies']), *counts]
+    return [model, *alike, _mean(row, 'adherence'), _mean(row, 'distance'), _share(row['copies']),
+            *counts]
 
 # %% ../nbs/study/32_benchmark.ipynb #2284c79a
 def _say_settings(result):
-    plain = {k: v for k, v in result.settings.items() if k != 'prompt' and isinstance(v, (int, float, str))}
+    plain = {k: v for k, v in result.settings.items() if k != 'prompt'
+             and isinstance(v, (int, float, str))}
     given = ', '.join(f'{k} {v}' for k, v in plain.items())
-    return (f"Prompt: '{result.settings['prompt']}'; {given}. One photograph of each person is given to the "
-            'model. ± is half a 95% interval over people.')
+    return (
+        f"Prompt: '{result.settings['prompt']}'; {given}. One photograph of each person is given to the "
+        'model. ± is half a 95% interval over people.')
 
 def _say_judge(result):
     who = f"Likeness: cosine of picture and given photograph by the recogniser '{result.judge}'"
@@ -247,6 +257,7 @@ def _say_failed(failed):
     errors = '; '.join(f"{', '.join(people)}: {error}" for error, people in whose.items())
     return f'Pictures that could not be made: {len(failed)}. {errors}'
 
+# %% ../nbs/study/32_benchmark.ipynb #5110bcec
 def notes(result):
     "What stands under the table."
     yield from (_say_settings(result), _say_judge(result), _say_copies(result), _say_scores(result))
@@ -261,7 +272,8 @@ def benchmark_table(
 ) -> str:
     "The table as Markdown, with what is needed to read it."
     rows = [_line(r) for r in result.rows.to_dict('records')]
-    if result.photographs: rows.append(_line(dict(result.photographs, model='*other photographs*', share=1.)))
+    if result.photographs:
+        rows.append(_line(dict(result.photographs, model='*other photographs*', share=1.)))
     lines = ['| ' + ' | '.join(r) + ' |' for r in (COLUMNS, ['---']*len(COLUMNS), *rows)]
     return '\n'.join([*lines, '', *(f'- {note}' for note in notes(result))]) + '\n'
 
@@ -271,14 +283,16 @@ _KEPT = ('likeness', 'adherence', 'distance', 'state', 'error', 'seconds', 'kept
 def tabulate(sweep, folder, models, people):
     "A row a picture of a sweep over model, face and seed that has run."
     rows = []
-    for (model, person, _), c in zip(itertools.product(models, people, sweep.axes['seed']), sweep.cells):
+    for (model, person, _), c in zip(itertools.product(models, people, sweep.axes['seed']),
+                                     sweep.cells):
         asked = dict(model=model, person=person, seed=c.parameters['seed'])
         file = c.file and c.file.relative_to(folder).as_posix()
         rows.append(asked | {k: getattr(c, k) for k in _KEPT} | dict(other=np.nan, file=file))
     return pd.DataFrame(rows)
 
 def gather(sweep, folder, people, models, judge) -> tuple:
-    "(rows, pictures, photographs, calibration) of a `Benchmark`, from a sweep that has run and a `Judge`."
+    """(rows, pictures, photographs, calibration) of a `Benchmark`, from a sweep that has run and
+    a `Judge`."""
     seen = {name: look_at(photos, judge) for name, photos in people.items()}
     photos, calibration = compare_photographs(seen)
     table = tabulate(sweep, folder, models, people)
@@ -308,7 +322,8 @@ def _check_made(sweep):
 def write_result(result, folder):
     "benchmark.md, benchmark.csv and pictures.csv, each whole or as it was."
     pictures = result.pictures.drop(columns='kept')
-    texts = {'benchmark.md': benchmark_table(result), 'benchmark.csv': result.rows.to_csv(index=False),
+    texts = {'benchmark.md': benchmark_table(result),
+             'benchmark.csv': result.rows.to_csv(index=False),
              'pictures.csv': pictures.to_csv(index=False)}
     for file, text in texts.items():
         with atomic(Path(folder)/file) as part: part.write_text(text, encoding='utf-8')

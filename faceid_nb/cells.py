@@ -35,17 +35,20 @@ from .persons import Person, digest, name_array, name_face
 
 # %% ../nbs/study/33_cells.ipynb #e4f6db73
 def _contents(value):
-    "A face, a person, a picture or an array by what is in it. Raises ArgumentError for anything else."
+    """A face, a person, a picture or an array by what is in it. Raises ArgumentError for
+    anything else."""
     if isinstance(value, Face): return name_face(value)
     if isinstance(value, Person): return value.digest
-    if isinstance(value, Image.Image): return f'picture {value.size} ' + digest(value.mode, value.tobytes())
+    if isinstance(value, Image.Image):
+        return f'picture {value.size} ' + digest(value.mode, value.tobytes())
     if hasattr(value, 'detach'): value = value.detach().float().cpu().numpy()
     if isinstance(value, np.ndarray): return name_array(value)
     raise ArgumentError(f'A sweep cannot name a {type(value).__name__}', repr(value)[:80],
                         'Use numbers, texts, pictures, faces, arrays or files')
 
 def identify(value):
-    "What goes into a cell's name for an argument: plain values as they are, the rest by its contents."
+    """What goes into a cell's name for an argument: plain values as they are, the rest by its
+    contents."""
     if value is None or isinstance(value, (bool, str)): return value
     if isinstance(value, (int, np.integer)): return int(value)
     if isinstance(value, (float, np.floating)): return float(value)
@@ -56,12 +59,14 @@ def identify(value):
 
 # %% ../nbs/study/33_cells.ipynb #a286a2d0
 def identify_photo(photo):
-    "As `identify`; a path or bytes stand for the picture in them. Raises ArgumentError for a missing file."
+    """As `identify`; a path or bytes stand for the picture in them. Raises ArgumentError for a
+    missing file."""
     if isinstance(photo, (list, tuple)): return [identify_photo(p) for p in photo]
     if isinstance(photo, bytes): return 'photo ' + digest(photo)
     if not isinstance(photo, (str, os.PathLike)): return identify(photo)
     if not Path(photo).is_file():
-        raise ArgumentError(f'There is no photograph {Path(photo).name}', 'No such file', 'Check the path')
+        raise ArgumentError(f'There is no photograph {Path(photo).name}', 'No such file',
+                            'Check the path')
     return 'photo ' + digest(Path(photo).read_bytes())
 
 # %% ../nbs/study/33_cells.ipynb #758bd007
@@ -101,14 +106,16 @@ def _hash_tensors(model):
         if part is not None: parts[name] = part.state_dict()
     named = []
     for name, tensor in _tensors(parts):
-        named += name, tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        named += (name,
+                  tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest(*named)
 
 def weights_hash(
     model,  # a name for `load`, or a `FaceID`
     **load_arguments,  # with a name: further arguments of `load`
 ) -> str:
-    "A digest of a model's weights: of the files that `load` reads, or of the tensors where there are none."
+    """A digest of a model's weights: of the files that `load` reads, or of the tensors where
+    there are none."""
     if isinstance(model, str): return _hash_files(**dict(load_arguments, name=model))
     return _hash_tensors(model) if model.origin is None else _hash_files(**model.origin)
 
@@ -136,7 +143,8 @@ class Cell:
         "The picture, read from its file; None where there is none."
         if self.picture is not None or self.file is None: return self.picture
         with Image.open(self.file) as image: image.load()
-        image.info['faceid_nb'] = json.loads(image.info.get('faceid_nb', '{}'))   # as when it was made
+        # as when it was made
+        image.info['faceid_nb'] = json.loads(image.info.get('faceid_nb', '{}'))
         return image
 
 # %% ../nbs/study/33_cells.ipynb #34eb3bb1
@@ -167,8 +175,10 @@ def write_down(name, value, label=None):
 class Namer:
     "Names cells by their arguments and by the weights of some models."
     def __init__(self, models, load):  # names or `FaceID`s; further arguments of `load`
-        self.weights = {id(m): weights_hash(m, **load if isinstance(m, str) else {}) for m in models}
-        # {(argument, id): (value, what goes into the name)}; the value is held, so that its id stays its own
+        self.weights = {id(m): weights_hash(m, **load if isinstance(m, str) else {})
+                        for m in models}
+        # {(argument, id): (value, what goes into the name)}; the value is held, so that its id
+        # stays its own
         self.seen = {}
     def identify(self, name, value):
         if isinstance(value, (int, float, type(None))): return value
@@ -193,7 +203,8 @@ def _check_list(name, values):
     "The values, where they are several. Raises ArgumentError."
     single = isinstance(values, (str, bytes, int, float, Image.Image, Face))
     if single or not hasattr(values, '__len__'):
-        raise ArgumentError(f'The axis {name} must be a list', repr(values)[:80], 'Put one value into fixed=')
+        raise ArgumentError(f'The axis {name} must be a list', repr(values)[:80],
+                            'Put one value into fixed=')
     return values
 
 def as_axis(name, values) -> dict:  # label -> value
@@ -204,7 +215,8 @@ def as_axis(name, values) -> dict:  # label -> value
     labels = [label for label, _ in pairs]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
-        raise ArgumentError(f'The axis {name} has {twice[0]!r} more than once', f'{len(pairs)} values',
+        raise ArgumentError(f'The axis {name} has {twice[0]!r} more than once',
+                            f'{len(pairs)} values',
                             'Leave one out, or give a dictionary with labels of your own')
     return dict(pairs)
 
@@ -223,14 +235,16 @@ def check_names(
     "Raise ArgumentError for a name that is no argument of `generate`."
     not_for_cells = {'self', 'num_samples', 'batch_size', 'on_step', 'more'}
     ours = {*inspect.signature(FaceID.generate).parameters, *KNOBS, 'model'} - not_for_cells
-    theirs = set(chain.from_iterable(inspect.signature(k.__call__).parameters for k in _pipelines(model)))
+    theirs = set(chain.from_iterable(inspect.signature(k.__call__).parameters
+                                     for k in _pipelines(model)))
     for name in names:
         if name == 'num_samples':
             raise ArgumentError('A cell is one picture, so num_samples is not taken', '',
                                 'Sweep over seed instead: seed=[0, 1, 2, 3]')
         if name in ours or name in theirs: continue
         near = difflib.get_close_matches(name, ours, 2)
-        raise ArgumentError(f'There is no argument {name!r}', 'Neither generate nor the pipeline knows it',
+        raise ArgumentError(f'There is no argument {name!r}',
+                            'Neither generate nor the pipeline knows it',
                             f'Perhaps {" or ".join(near)}' if near else 'Leave it out')
 
 # %% ../nbs/study/33_cells.ipynb #55a71dd6
@@ -266,8 +280,10 @@ def _row(cell, folder):
 
 # %% ../nbs/study/33_cells.ipynb #2d1fc3c2
 def _as_table(rows, folder):
-    "A DataFrame of rows of the table, with the parameters as columns and the PNG's path as `image`."
-    rows = [json.loads(r['parameters']) | r | dict(image=r['file'] and folder/r['file']) for r in rows]
+    """A DataFrame of rows of the table, with the parameters as columns and the PNG's path as
+    `image`."""
+    rows = [json.loads(r['parameters']) | r | dict(image=r['file'] and folder/r['file'])
+            for r in rows]
     out = pd.DataFrame(rows).drop(columns=['file', 'parameters'], errors='ignore')
     for k in SCORES: out[k] = out[k].astype(float) if k in out else np.nan
     return out
@@ -278,10 +294,15 @@ def _save_picture(cell, folder):
     found = {k: getattr(cell, k) for k in ('likeness', 'distance', 'adherence')}
     found = {k: v for k, v in found.items() if not math.isnan(v)}
     path = folder/'pictures'/f'{cell.key[:32]}.png'
-    cell.file = save_png(cell.picture, path, cell=dict(key=cell.key, parameters=cell.parameters), **found)
+    cell.file = save_png(cell.picture, path, cell=dict(key=cell.key, parameters=cell.parameters),
+                         **found)
     cell.picture = None
 
 # %% ../nbs/study/33_cells.ipynb #6217b4c7
+def _results(row):
+    return {k: row[k] for k in RESULTS}
+
+# %% ../nbs/study/33_cells.ipynb #d519085e
 class Shelf:
     "The results of sweeps in a folder: `cells.sqlite` and one PNG a cell under `pictures/`."
     def __init__(self, folder):
@@ -294,15 +315,16 @@ class Shelf:
         "The cells that are done and whose picture is there."
         done = [r for r in self._rows().values() if r['state'] == 'done']
         done = [r for r in done if (self.folder/r['file']).is_file()]
-        return {r['key']: {k: r[k] for k in RESULTS} | dict(file=self.folder/r['file']) for r in done}
+        return {r['key']: {**_results(r), 'file': self.folder/r['file']} for r in done}
     def put(self, cell):
         "Keep a cell: the picture, then the row."
         _save_picture(cell, self.folder)
         row = _row(cell, self.folder)
         places = ', '.join('?'*len(row))
         with self.db: self.db.execute(f'INSERT OR REPLACE INTO cells VALUES ({places})', row)
-    def table(self, keys=None):  # keys: only these cells, in this order; None: all, by their place in a grid
-        "A pandas DataFrame, a row a cell: parameters, results, and `image`, the PNG's path."
+    def table(self, keys=None):
+        """A DataFrame of these cells in this order, or of all by their place in a grid; `image`
+        is a path."""
         rows = self._rows()
         if keys is not None: rows = {k: rows[k] for k in keys if k in rows}
         out = _as_table(rows.values(), self.folder)
@@ -313,7 +335,8 @@ class Shelf:
 
 # %% ../nbs/study/33_cells.ipynb #de6e2faf
 def read_table(folder):
-    "All cells that a folder of results holds, as `Shelf.table`. Raises ArgumentError where there are none."
+    """All cells that a folder of results holds, as `Shelf.table`. Raises ArgumentError where
+    there are none."""
     if not (Path(folder)/'cells.sqlite').is_file():
         raise ArgumentError(f'There are no results in {folder}', 'It has no cells.sqlite',
                             'Give the folder that a sweep wrote')

@@ -29,7 +29,8 @@ def pickle_globals(data: bytes) -> list:  # one pickle, or several in a row
                 if op.name in ('GLOBAL', 'INST'): names.append(arg.replace(' ', '.'))
                 elif op.name == 'STACK_GLOBAL': names.append('.'.join(strings[-2:]))
                 elif op.name == 'MEMOIZE': memo.append(strings[-1] if strings else '?')
-                elif op.name in ('BINGET', 'LONG_BINGET') and arg < len(memo): strings.append(memo[arg])
+                elif op.name in ('BINGET', 'LONG_BINGET') and arg < len(memo):
+                    strings.append(memo[arg])
                 elif isinstance(arg, str): strings.append(arg)
     except Exception: pass  # no pickle, or a broken one: what was seen so far
     return list(dict.fromkeys(names))
@@ -61,12 +62,13 @@ def check_head(path, head):
                               'Run `git lfs pull`, or download the file itself')
     if _PAGE.match(head):
         begins = head[:40].decode(errors='replace')
-        raise CheckpointError(f'{path.name} is a web page, not a checkpoint', f'It begins with {begins!r}',
-                              _AGAIN)
+        raise CheckpointError(f'{path.name} is a web page, not a checkpoint',
+                              f'It begins with {begins!r}', _AGAIN)
 
 # %% ../nbs/method/06_checkpoint.ipynb #68851054
 def sniff(path) -> str:  # a file that claims to be a checkpoint
-    "What a file is, by its first bytes: 'zip', 'pickle' or 'safetensors'. Raises `CheckpointError`."
+    """What a file is, by its first bytes: 'zip', 'pickle' or 'safetensors'. Raises
+    `CheckpointError`."""
     path = Path(path)
     check_file(path)
     with open(path, 'rb') as f: head = f.read(512)
@@ -117,21 +119,24 @@ def _first_reason(error):
 def _read_pickle(path, kind):
     "What a PyTorch file holds; tensors and plain containers only, no code runs."
     try:
-        if kind == 'zip' and not zipfile.is_zipfile(path): raise EOFError('the end of the archive is missing')
+        if kind == 'zip' and not zipfile.is_zipfile(path):
+            raise EOFError('the end of the archive is missing')
         # by name it would go by the suffix
         with open(path, 'rb') as f: return torch.load(f, map_location='cpu', weights_only=True), {}
     except Exception as e:
         if foreign := _foreign_names(path, kind):
-            raise UnsafeCheckpointError(f'{path.name} would run code when loaded, so it was not loaded',
-                                        f'It asks for {", ".join(foreign[:4])}',
-                                        'Use the .safetensors file, or another source for this one') from e
+            raise UnsafeCheckpointError(
+                f'{path.name} would run code when loaded, so it was not loaded',
+                f'It asks for {", ".join(foreign[:4])}',
+                'Use the .safetensors file, or another source for this one') from e
         raise CheckpointError(f'{path.name} is damaged or was cut off',
                               f'{path.stat().st_size:,} bytes, and PyTorch says: {_first_reason(e)}',
                               'Download the file again') from e
 
 # %% ../nbs/method/06_checkpoint.ipynb #31e1f106
 def read_tensors(path):  # .safetensors, .bin, .pt: told by content
-    "What a checkpoint file holds: (object, metadata). Runs nothing; raises `CheckpointError` and its kinds."
+    """What a checkpoint file holds: (object, metadata). Runs nothing; raises `CheckpointError`
+    and its kinds."""
     path = Path(path)
     kind = sniff(path)
     return _read_safetensors(path) if kind == 'safetensors' else _read_pickle(path, kind)
@@ -148,13 +153,16 @@ def base_of(width: int) -> str:  # width of a word
 # %% ../nbs/method/06_checkpoint.ipynb #b3568a01
 def reads_raw(image_proj) -> bool:
     "Whether a projection reads the face embedding before normalisation."
-    # a plain IP-Adapter Plus has the same names, but CLIP's states are wider than a face's 512 numbers
-    return 'latents' in image_proj and getattr(image_proj.get('proj_in.weight'), 'shape', [0])[-1] == 512
+    # a plain IP-Adapter Plus has the same names, but CLIP's states are wider than a face's 512
+    # numbers
+    return 'latents' in image_proj and getattr(image_proj.get('proj_in.weight'), 'shape',
+                                               [0])[-1] == 512
 
 # %% ../nbs/method/06_checkpoint.ipynb #c1a55c06
 @dataclass(repr=False)
 class Checkpoint:
-    "A FaceID checkpoint: the proof that its tensors were checked. The numbers were read from their shapes."
+    """A FaceID checkpoint: the proof that its tensors were checked. The numbers were read from
+    their shapes."""
     image_proj: dict            # projection of the identity, official names
     ip_adapter: dict            # '1.to_k_ip.weight', '0.to_q_lora.down.weight', ...
     variant: str                # one of `VARIANTS`
@@ -210,7 +218,8 @@ def nest(flat, name='this file'):  # what `read_tensors` returned; how to call t
     "Tensors as {'image_proj': {...}, 'ip_adapter': {...}}, from the nested or the flat layout."
     if not isinstance(flat, dict):
         found = f'It holds a {type(flat).__name__}'
-        raise CheckpointError(f'{name} holds no table of tensors', found, 'Give a FaceID checkpoint')
+        raise CheckpointError(f'{name} holds no table of tensors', found,
+                              'Give a FaceID checkpoint')
     if all(isinstance(flat.get(part), dict) for part in _SECTIONS):
         return {part: dict(flat[part]) for part in _SECTIONS}
     keys, nested = list(map(str, flat)), {part: {} for part in _SECTIONS}
@@ -275,7 +284,8 @@ def check_shape(good, name, key, tensor, want):
 def _projection_shapes(proj, name):
     "(tokens, token width, embedding width)"
     raw = reads_raw(proj)
-    into, wide, norm = ('proj_in', 'latents', 'norm_out') if raw else ('proj.0', 'proj.2.weight', 'norm')
+    into, wide, norm = ('proj_in', 'latents',
+                        'norm_out') if raw else ('proj.0', 'proj.2.weight', 'norm')
     width, embed = proj[f'{norm}.weight'].numel(), proj[f'{into}.weight'].shape[-1]
     last = proj[wide]
     check_shape(not raw or last.ndim == 3, name, 'image_proj.latents', last, 'three axes')
@@ -306,11 +316,13 @@ def check_layers(layers, width, name):
         fits = '_ip' not in key or tensor.shape[1] == width
         check_shape(fits, name, f'ip_adapter.{key}', tensor, f'{width} columns')
     if not any('_ip' in k for k in layers):
-        raise CheckpointError(f'{name} conditions no layer', 'No to_k_ip in it', 'Give a FaceID checkpoint')
+        raise CheckpointError(f'{name} conditions no layer', 'No to_k_ip in it',
+                              'Give a FaceID checkpoint')
 
 # %% ../nbs/method/06_checkpoint.ipynb #77a060df
 def read_shapes(state, name='this file'):
-    "(tokens, token width, embedding width, LoRA rank) from the shapes, which must agree with each other."
+    """(tokens, token width, embedding width, LoRA rank) from the shapes, which must agree with
+    each other."""
     tokens, width, embed = _projection_shapes(state['image_proj'], name)
     rank = _lora_rank(state['ip_adapter'], name)
     check_layers(state['ip_adapter'], width, name)
@@ -340,9 +352,11 @@ def infer_variant(
     name='',        # of the file
     said=None,      # what the caller says it is
 ) -> str:
-    "The variant by tensors; between Plus and PlusV2 by `said` or the file name. Raises `VariantError`."
+    """The variant by tensors; between Plus and PlusV2 by `said` or the file name. Raises
+    `VariantError`."""
     if said is not None and said not in VARIANTS:
-        raise ArgumentError(f'There is no variant {said!r}', '', f'Choose among {", ".join(VARIANTS)}')
+        raise ArgumentError(f'There is no variant {said!r}', '',
+                            f'Choose among {", ".join(VARIANTS)}')
     proj = state['image_proj']
     many_tokens_no_lora = tokens > 4 and not rank
     if any(k.startswith('perceiver_resampler.') for k in proj): found = _plus_or_plusv2(name, said)
@@ -376,24 +390,29 @@ def check_state(
     path=None,      # kept in the result
     recorded=None,  # what the file itself says its variant is
 ) -> Checkpoint:
-    "Check tensors and read from their shapes what they are. Raises `CheckpointError` and its kinds."
+    """Check tensors and read from their shapes what they are. Raises `CheckpointError` and its
+    kinds."""
     title = name or 'This checkpoint'
     check_tensors(state, title)
     shape = tokens, width, embed, rank = read_shapes(state, title)
     variant = _settle_variant(state, shape, name, variant, recorded)
     base = BASES.get(width, f'{width} wide')
-    numbers = dict(num_tokens=tokens, lora_rank=rank, cross_attention_dim=width, embedding_dim=embed)
-    return Checkpoint(state['image_proj'], state['ip_adapter'], variant, **numbers, base=base, path=path)
+    numbers = dict(num_tokens=tokens, lora_rank=rank, cross_attention_dim=width,
+                   embedding_dim=embed)
+    return Checkpoint(state['image_proj'], state['ip_adapter'], variant, **numbers, base=base,
+                      path=path)
 
 # %% ../nbs/method/06_checkpoint.ipynb #450cd9dd
 def read_checkpoint(
     path,          # .bin or .safetensors
     variant=None,  # 'faceid', 'plus', 'plusv2', 'portrait'; None: infer, an error where that is impossible
 ) -> Checkpoint:
-    "Read and check a FaceID checkpoint. Raises `CheckpointError` and its kinds; runs no code from the file."
+    """Read and check a FaceID checkpoint. Raises `CheckpointError` and its kinds; runs no code
+    from the file."""
     path = Path(path)
     tensors, metadata = read_tensors(path)
-    return check_state(nest(tensors, path.name), variant, path.name, path, metadata.get('faceid_variant'))
+    return check_state(nest(tensors, path.name), variant, path.name, path,
+                       metadata.get('faceid_variant'))
 
 # %% ../nbs/method/06_checkpoint.ipynb #c56aa7e6
 def check_suffix(path):
@@ -466,7 +485,8 @@ def _shape_wanted(key, attn, rank):
 
 # %% ../nbs/method/06_checkpoint.ipynb #943723b8
 def check_fits(checkpoint: Checkpoint, unet):
-    "Whether layers and widths are those of a UNet. Raises `BaseModelError`, before anything is touched."
+    """Whether layers and widths are those of a UNet. Raises `BaseModelError`, before anything is
+    touched."""
     c, names = checkpoint, list(unet.attn_processors)
     attns = [unet.get_submodule(n.removesuffix('.processor')) for n in names]
     cross = [i for i, n in enumerate(names) if 'attn2' in n]
@@ -479,6 +499,7 @@ def check_fits(checkpoint: Checkpoint, unet):
                          f'this UNet has {len(cross)} cross-attention layers')
     for key, tensor in c.ip_adapter.items():
         i = int(key.split('.')[0])
-        if i >= len(attns): raise _misfit(c, f'It has layer {i}, this UNet {len(attns)} attention layers')
+        if i >= len(attns):
+            raise _misfit(c, f'It has layer {i}, this UNet {len(attns)} attention layers')
         have, want = tuple(tensor.shape[:2]), _shape_wanted(key, attns[i], c.lora_rank)
         if have != want: raise _misfit(c, f'{key} is {have}, this UNet needs {want}')

@@ -16,7 +16,8 @@ from .lora import lora_from_checkpoint, lora_into_checkpoint, read_lora, save_lo
 
 # %% ../nbs/compat/62_convert.ipynb #c4c8d8d1
 def convert(source, target, variant=None):
-    "Rewrite a checkpoint in the layout that `target`'s suffix names, `.bin` or `.safetensors`, bit for bit."
+    """Rewrite a checkpoint in the layout that `target`'s suffix names, `.bin` or `.safetensors`,
+    bit for bit."""
     return save_checkpoint(read_checkpoint(source, variant), target)
 
 # %% ../nbs/compat/62_convert.ipynb #ea2c7d17
@@ -25,7 +26,8 @@ def split_lora(
     processors,                   # names of `unet.attn_processors`, in order
     variant=None,
 ):
-    "A checkpoint as two files. Returns both paths. Raises `LoRAError` where there is no LoRA inside."
+    """A checkpoint as two files. Returns both paths. Raises `LoRAError` where there is no LoRA
+    inside."""
     c = read_checkpoint(source, variant)
     lora = lora_from_checkpoint(c.ip_adapter, processors)
     if not lora:
@@ -35,6 +37,7 @@ def split_lora(
     beside = save_lora(lora, lora_target)   # first: `target` may be `source`
     return save_checkpoint(replace(c, ip_adapter=rest, lora_rank=0), target), beside
 
+# %% ../nbs/compat/62_convert.ipynb #a6eb37d0
 def _layer_number(key): return int(key.split('.')[0])
 
 def join_lora(
@@ -71,10 +74,12 @@ def _projection_to_diffusers(checkpoint):
                                                                                         f'{mlp}.2.')
         layer = _IN_LAYER.match(key)
         if layer is None: out[_PROJ + key] = tensor
-        elif '.to_kv.' not in key: out[_PROJ + layer[1] + _renamed(layer[2], _RENAMED.items())] = tensor
+        elif '.to_kv.' not in key:
+            out[_PROJ + layer[1] + _renamed(layer[2], _RENAMED.items())] = tensor
         else:
             k, v = tensor.chunk(2)
-            out |= {f'{_PROJ}{layer[1]}.attn.to_k.weight': k, f'{_PROJ}{layer[1]}.attn.to_v.weight': v}
+            out |= {f'{_PROJ}{layer[1]}.attn.to_k.weight': k,
+                    f'{_PROJ}{layer[1]}.attn.to_v.weight': v}
     return out
 
 # %% ../nbs/compat/62_convert.ipynb #57eefd01
@@ -82,7 +87,8 @@ def to_diffusers(
     checkpoint,  # a `Checkpoint`
     processors,  # names of `unet.attn_processors`, in order
 ) -> dict:
-    "Its tensors as a UNet names them after `load_ip_adapter`; the LoRA as `PATH.lora_A.faceid_0.weight`."
+    """Its tensors as a UNet names them after `load_ip_adapter`; the LoRA as
+    `PATH.lora_A.faceid_0.weight`."""
     out, ip = _projection_to_diffusers(checkpoint), checkpoint.ip_adapter
     paths = [name.removesuffix('.processor') for name in processors]
     for i in checkpoint.layers:
@@ -97,7 +103,8 @@ def to_diffusers(
 def _name_from_diffusers(key, plus):
     "The official name of a tensor outside the layers of the projection."
     if key.startswith('layers.'): return key
-    return key.replace('proj.net.' if plus else 'ff.net.', 'proj.', 1).replace('proj.0.proj.', 'proj.0.')
+    return key.replace('proj.net.' if plus else 'ff.net.', 'proj.',
+                       1).replace('proj.0.proj.', 'proj.0.')
 
 def _projection_from_diffusers(state):
     "The `image_proj` section out of a UNet's tensors."
@@ -119,7 +126,8 @@ def _projection_from_diffusers(state):
 _KV = re.compile(r'(.*)\.processor\.to_([kv])_ip\.0\.weight$')
 _LORA = re.compile(r'(.*)\.lora_([AB])\.faceid_\d+\.weight$')
 
-def _attention_from_diffusers(state, numbers):   # `numbers`: {path of an attention layer: its number}
+# `numbers`: {path of an attention layer: its number}
+def _attention_from_diffusers(state, numbers):
     "({'1.to_k_ip.weight': ...}, {'PATH.down': ...}) out of a UNet's tensors"
     ip, lora = {}, {}
     for key, tensor in state.items():
@@ -129,7 +137,8 @@ def _attention_from_diffusers(state, numbers):   # `numbers`: {path of an attent
 
 # %% ../nbs/compat/62_convert.ipynb #ddb310d9
 def check_one_adapter(state, numbers):
-    "Raise where a UNet's tensors hold several adapters, or layers that these processors do not have."
+    """Raise where a UNet's tensors hold several adapters, or layers that these processors do not
+    have."""
     loaded = {m[1] for k in state
               if (m := re.match(r'encoder_hid_proj\.image_projection_layers\.(\d+)\.', k))}
     if len(loaded) > 1:
@@ -159,4 +168,5 @@ def from_diffusers(
                               'Load one with pipe.load_ip_adapter first')
     ip |= lora_into_checkpoint(lora, processors)
     ip = {k: ip[k] for k in sorted(ip, key=_layer_number)}
-    return check_state({'image_proj': proj, 'ip_adapter': ip}, variant, 'the UNet', recorded=variant)
+    return check_state({'image_proj': proj, 'ip_adapter': ip}, variant, 'the UNet',
+                       recorded=variant)

@@ -18,7 +18,8 @@ _VIT_H = 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'
 def read_encoder(path, dtype=None, cache_dir=None, download=True):
     """transformers' CLIP vision model from a folder or the hub. Raises `WeightsMissingError`,
     `BaseModelError`."""
-    from transformers import CLIPVisionModelWithProjection   # heavy: models without structure do without
+    # heavy: models without structure do without
+    from transformers import CLIPVisionModelWithProjection
     local = not download or Path(path).exists()
     how = dict(dtype=dtype or torch.float32, cache_dir=cache_dir, local_files_only=local)
     try: return CLIPVisionModelWithProjection.from_pretrained(path, **how)
@@ -50,14 +51,16 @@ def normalise(
 ):
     "As CLIP wants them: (n, 3, size, size)"
     x = crops.to(device).float()
-    if x.shape[-1] != size: x = F.interpolate(x, (size, size), mode='bicubic', antialias=True).clamp(0, 255)
-    mean, sd = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (clip.image_mean, clip.image_std))
+    if x.shape[-1] != size:
+        x = F.interpolate(x, (size, size), mode='bicubic', antialias=True).clamp(0, 255)
+    mean, sd = (torch.tensor(v, device=device).view(1, 3, 1, 1)
+                for v in (clip.image_mean, clip.image_std))
     return (x/255 - mean)/sd
 
 # %% ../nbs/variants/10_plus.ipynb #18d0f30a
 class StructureEncoder:
     "CLIP's vision model for FaceID Plus: aligned crops in, second-to-last hidden states out."
-    def __init__(self, model, device=None, dtype=None):      # transformers' CLIPVisionModel(WithProjection)
+    def __init__(self, model, device=None, dtype=None):  # a transformers CLIPVisionModel
         from transformers import CLIPImageProcessor          # heavy, as above
         self.size, self.width = model.config.image_size, model.config.hidden_size
         self.model, self._nobody = model.to(device, dtype).eval().requires_grad_(False), None
@@ -67,7 +70,8 @@ class StructureEncoder:
     def from_pretrained(cls, path, device=None, dtype=None, cache_dir=None, download=True):
         "From a folder or a name on the hub. Raises WeightsMissingError, BaseModelError."
         return cls(read_encoder(path, dtype, cache_dir, download), device, dtype)
-    def pixels(self, images):      # PIL pictures or RGB arrays (H, W, 3) -> (n, 3, size, size), as CLIP wants
+    # PIL pictures or RGB arrays (H, W, 3) -> (n, 3, size, size), as CLIP wants
+    def pixels(self, images):
         return self.processor(images=list(images), return_tensors='pt').pixel_values
     def normalised(self, crops):   # the same for tensors: (n, 3, h, w) uint8
         return normalise(crops, self.size, self.processor, next(self.model.parameters()).device)
@@ -75,10 +79,11 @@ class StructureEncoder:
     def states(self, pixels):
         "Second-to-last hidden states, (n, L, width) float32"
         p = next(self.model.parameters())
-        return self.model(pixels.to(p.device, p.dtype), output_hidden_states=True).hidden_states[-2].float()
+        seen = self.model(pixels.to(p.device, p.dtype), output_hidden_states=True)
+        return seen.hidden_states[-2].float()
     def __call__(self, images): return self.states(self.pixels(images))
     def nobody(self):
-        "States of an all-zero pixel tensor, (1, L, width): the original's unconditional rows read them."
+        "States of all-zero pixels, (1, L, width): the original's unconditional rows read them."
         if self._nobody is None: self._nobody = self.states(torch.zeros(1, 3, self.size, self.size))
         return self._nobody
     def check(self, wanted): return check_width(self.width, wanted) or self

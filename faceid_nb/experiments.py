@@ -393,7 +393,8 @@ class Recorder:
     def maps(self):
         "The record without the model; raises ArgumentError where nothing was looked at."
         record = copy.copy(self.record)
-        for name in ('at', 'outer', 'identities', 'tokens', 'key', 'kv'): setattr(record, name, None)
+        for name in ('at', 'outer', 'identities', 'tokens', 'key', 'kv'):
+            setattr(record, name, None)
         if record.maps: return record
         raise ArgumentError('There is no attention to see',
                             'the scale is 0, so no layer looked at the face',

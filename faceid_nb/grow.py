@@ -70,7 +70,8 @@ def check_widths(was, new):
     raise ArgumentError('The two read states of different widths', f'{a} and {b}', what_to_do)
 
 def widen_resampler(was, new):
-    "A learnt resampler in a wider one: what is new in the width stays silent. Raises ArgumentError."
+    """A learnt resampler in a wider one: what is new in the width stays silent. Raises
+    ArgumentError."""
     check_widths(was, new)
     d0, d = len(was['norm.weight']), len(new['norm.weight'])
     out = {}
@@ -103,7 +104,8 @@ def quiet_resampler(
         # the last matrix of every residual branch
         silent = k.startswith(RESAMPLER) and k.endswith(('0.to_out.weight', '1.3.weight'))
         if silent: out[k] = torch.zeros_like(state[k])
-    return out | {f'{RESAMPLER}norm_out.{half}': state[f'norm.{half}'].clone() for half in ('weight', 'bias')}
+    return out | {f'{RESAMPLER}norm_out.{half}': state[f'norm.{half}'].clone()
+                  for half in ('weight', 'bias')}
 
 # %% ../nbs/train/53_grow.ipynb #5a3c1d17
 def grow_lora(layers, before, i, j):
@@ -139,9 +141,12 @@ def grow(
     "A fresh adapter that knows what `known` knows. Raises ArgumentError."
     if known.raw:
         wrong = 'An adapter that reads raw embeddings knows nothing that another can use'
-        raise ArgumentError(wrong, f'it is {known.variant}, unnormalised', 'Start from a FaceID checkpoint')
-    fresh = FaceIDAdapter.new(unet, variant, num_tokens, rank, seed, clip_embeddings_dim).state_dict()
-    old = {part: {k: v.float() for k, v in tensors.items()} for part, tensors in known.state_dict().items()}
+        raise ArgumentError(wrong, f'it is {known.variant}, unnormalised',
+                            'Start from a FaceID checkpoint')
+    fresh = FaceIDAdapter.new(unet, variant, num_tokens, rank, seed,
+                              clip_embeddings_dim).state_dict()
+    old = {part: {k: v.float() for k, v in tensors.items()}
+           for part, tensors in known.state_dict().items()}
     new, was = fresh['image_proj'], old['image_proj']
     grow_projection(new, was, num_tokens, torch.Generator().manual_seed(seed))
     if 'plus' in variant and known.variant == variant: new.update(widen_resampler(was, new))

@@ -14,7 +14,8 @@ def equal_parts(
     latents,  # (batch, C, h, w) as the UNet was given them
     p,        # copies
 ) -> bool:
-    "Whether a batch consists of p copies of the same rows: with guidance the UNet sees every sample p times."
+    """Whether a batch consists of p copies of the same rows: with guidance the UNet sees every
+    sample p times."""
     if len(latents) % p: return False
     first, *others = latents.chunk(p)
     return all(torch.equal(first, part) for part in others)
@@ -22,7 +23,8 @@ def equal_parts(
 # %% ../nbs/method/09_guidance.ipynb #926e14e0
 def _fits(batch, rows, parts): return batch % parts == 0 and (batch // parts == rows or rows == 1)
 
-def _found(batch, rows): return f'Found {batch} rows for {rows} {"identity" if rows == 1 else "identities"}'
+def _found(batch, rows):
+    return f'Found {batch} rows for {rows} {"identity" if rows == 1 else "identities"}'
 
 def find_parts(batch, rows, repeats, says):
     "How many copies of every sample a batch holds, 0 where it fits none; see `guidance_rows`."
@@ -46,7 +48,8 @@ def check_parts(batch, rows, parts, three_way):
             'Give one face per prompt, and condition() the same num_images_per_prompt as the pipeline')
     if parts == 3 and not three_way:
         raise GuidanceError('The batch holds three copies of every sample',
-            f'{_found(batch, rows)}, and the UNet is not InstructPix2Pix', 'Switch that kind of guidance off')
+                            f'{_found(batch, rows)}, and the UNet is not InstructPix2Pix',
+                            'Switch that kind of guidance off')
 
 # %% ../nbs/method/09_guidance.ipynb #846343ce
 def guidance_rows(
@@ -57,11 +60,12 @@ def guidance_rows(
     says=None,        # what the pipeline says of itself: guidance on, off, or None where nobody knows
     three_way=False,  # the UNet is InstructPix2Pix's, the only one whose three parts are known
 ):
-    "Row of the batch -> (which identity (batch,), whether it reads it (batch,)); the others read nobody."
+    """Row of the batch -> (which identity (batch,), whether it reads it (batch,)); the others
+    read nobody."""
     if parts is None: parts = find_parts(batch, rows, repeats, says)
     check_parts(batch, rows, parts, three_way)
     samples = batch // parts
-    reads = {1: [True], 2: [False, True], 3: [True, False, False]}[parts]          # diffusers' order
+    reads = {1: [True], 2: [False, True], 3: [True, False, False]}[parts]  # diffusers' order
     who = (torch.arange(samples) % rows).repeat(parts)
     return who, torch.tensor(reads).repeat_interleave(samples)
 
@@ -76,7 +80,8 @@ def spread(
     if value is None or isinstance(value, kinds): return [value] * (n * k)
     values = value.flatten().tolist() if hasattr(value, 'flatten') else list(value)
     if len(values) not in (1, n, n * k):
-        raise ArgumentError(f'{name} has {len(values)} values', f'There are {n} faces with {k} pictures each',
+        raise ArgumentError(f'{name} has {len(values)} values',
+                            f'There are {n} faces with {k} pictures each',
                             f'Give one value, {n} or {n * k}')
     if len(values) == 1: return values * (n * k)
     return values if len(values) == n * k else [values[i // k] for i in range(n * k)]

@@ -18,14 +18,16 @@ from .files import atomic
 
 # %% ../nbs/method/05_lora.ipynb #3c7f84f2
 def folded(W, down, up, weight=1.0):
-    "W + weight * up @ down in float32 or better, shaped as W: (out, in), or a convolution's (out, in, k, k)"
+    """W + weight * up @ down in float32 or better, shaped as W: (out, in), or a convolution's
+    (out, in, k, k)"""
     wide = torch.promote_types(W.dtype, torch.float32)
     down, up = (t.to(W.device, wide).flatten(1) for t in (down, up))
     return W.to(wide) + weight * (up @ down).reshape(W.shape)
 
 # %% ../nbs/method/05_lora.ipynb #feb19afb
 def can_fold(layer):
-    "Whether the layer holds numbers to add to: quantised ones do not, offloaded ones keep theirs elsewhere."
+    """Whether the layer holds numbers to add to: quantised ones do not, offloaded ones keep
+    theirs elsewhere."""
     w = layer.weight
     plain = type(layer) in (nn.Linear, nn.Conv2d)
     return plain and w.is_floating_point() and w.element_size() > 1 and not w.is_meta
@@ -61,14 +63,16 @@ def lora_pairs(
         down, up = lora.get(f'{path}.down'), lora.get(f'{path}.up')
         if down is None or up is None:
             half = 'down' if down is None else 'up'
-            raise LoRAError(f'The LoRA of {path} is incomplete', f"It has no '{half}'", 'The file is damaged')
+            raise LoRAError(f'The LoRA of {path} is incomplete', f"It has no '{half}'",
+                            'The file is damaged')
         layer = _find_layer(model, path)
         check_pair(path, layer, down, up)
         pairs[path] = layer, down, up
     return pairs
 
 # %% ../nbs/method/05_lora.ipynb #ddb057fc
-_HALF = re.compile(r'^(.*?)[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.default(?:_\d+)?)?\.weight$')
+_HALF = re.compile(
+    r'^(.*?)[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.default(?:_\d+)?)?\.weight$')
 _ALPHA = re.compile(r'^(.*?)(?:\.lora)?\.(?:network_)?alpha$')
 _WORDS = ('down_blocks', 'up_blocks', 'mid_block', 'transformer_blocks',
           'to_q', 'to_k', 'to_v', 'to_out', 'proj_in', 'proj_out')
@@ -89,7 +93,8 @@ def _give_dots(path):
 
 # %% ../nbs/method/05_lora.ipynb #5187de33
 def lora_key(key: str):
-    "One key of a LoRA file as (path in the UNet, 'down' | 'up' | 'alpha'); None: it is none of a UNet's."
+    """One key of a LoRA file as (path in the UNet, 'down' | 'up' | 'alpha'); None: it is none of
+    a UNet's."""
     path, half = _split_key(key)
     if path is None or path.startswith(('lora_te', 'text_encoder')): return None
     if path.startswith('lora_unet_'): path = _give_dots(path.removeprefix('lora_unet_'))
@@ -105,7 +110,8 @@ def check_table(tensors, name):
                         'Give a LoRA file')
     if {'image_proj', 'ip_adapter'} & {str(k).split('.')[0] for k in tensors}:
         raise LoRAError(f'{name} is a FaceID checkpoint, not its separate LoRA',
-                        'It holds image_proj and ip_adapter', 'Give the file whose name ends in _lora')
+                        'It holds image_proj and ip_adapter',
+                        'Give the file whose name ends in _lora')
 
 def _in_our_names(tensors, name):
     "({'PATH.down': ..., 'PATH.up': ...}, {path: alpha}), under whatever names they came."
@@ -161,7 +167,8 @@ def read_lora(path) -> dict:  # .safetensors or .bin, any dialect
     return normal_lora(read_tensors(path)[0], path.name)
 
 def save_lora(lora: dict, path):  # normalised keys, as `read_lora` gives them
-    "Write the separate LoRA file in the layout that diffusers loads, all or nothing. Returns the path."
+    """Write the separate LoRA file in the layout that diffusers loads, all or nothing. Returns
+    the path."""
     flat = {}
     for key, tensor in lora.items():
         where, _, half = key.rpartition('.')
@@ -184,8 +191,10 @@ def _numbers_of_paths(processors):
     return numbers
 
 # %% ../nbs/method/05_lora.ipynb #3999830b
-def lora_from_checkpoint(ip_adapter: dict, processors) -> dict:  # names of `unet.attn_processors`, in order
-    "The LoRA inside a checkpoint as the separate file names it: {'PATH.down': ..., 'PATH.up': ...}."
+# names of `unet.attn_processors`, in order
+def lora_from_checkpoint(ip_adapter: dict, processors) -> dict:
+    """The LoRA inside a checkpoint as the separate file names it: {'PATH.down': ..., 'PATH.up':
+    ...}."""
     out, paths = {}, _paths(processors)
     for key, tensor in ip_adapter.items():
         m = _NUMBERED.match(key)

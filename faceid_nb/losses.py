@@ -50,7 +50,8 @@ def add_noise(
 
 # %% ../nbs/train/51_losses.ipynb #5a1c1d0b
 def target_and_weight(x, noise, t, alpha_bar, prediction='epsilon', cap=20.):
-    "What the network should say, and how much a squared error weighs (B,1,1,1). Raises ArgumentError."
+    """What the network should say, and how much a squared error weighs (B,1,1,1). Raises
+    ArgumentError."""
     a = alpha_bar[t].view(-1, 1, 1, 1)
     if prediction == 'epsilon': return noise, (1/a).clamp(max=cap)
     velocity = (noise - (1 - a).sqrt()*x)/a.sqrt()  # sqrt(a) e - sqrt(1 - a) x0
@@ -94,7 +95,8 @@ def estimate(
     "The clean latents that an answer means: (B,C,h,w)"
     a = alpha_bar[t].view(-1, 1, 1, 1)
     p = predicted.float()
-    return (x - (1 - a).sqrt()*p)/a.sqrt() if prediction == 'epsilon' else a.sqrt()*x - (1 - a).sqrt()*p
+    return ((x - (1 - a).sqrt()*p)/a.sqrt() if prediction == 'epsilon'
+            else a.sqrt()*x - (1 - a).sqrt()*p)
 
 # %% ../nbs/train/51_losses.ipynb #5a1c1d14
 @dataclass(eq=False)
@@ -122,11 +124,13 @@ class NoiseLoss:
         return weighted_error(said, question.target, question.weight, question.place)
     def estimate(self, said, question, rows=slice(None)):
         "The clean latents that some rows of an answer mean."
-        return estimate(said[rows], question.x[rows], question.t[rows], self.alpha_bar, self.prediction)
+        return estimate(said[rows], question.x[rows], question.t[rows], self.alpha_bar,
+                        self.prediction)
 
 # %% ../nbs/train/51_losses.ipynb #307adac6
 class Gauge:
-    "Error on the face under strong noise with the right, a wrong, no identity: fixed people, fixed noise."
+    """Error on the face under strong noise with the right, a wrong, no identity: fixed people,
+    fixed noise."""
     def __init__(self,
         batch,         # a batch of people who are not trained on, with latents
         text,          # (B,L,d) their captions, encoded
@@ -149,7 +153,8 @@ class Gauge:
 # %% ../nbs/train/51_losses.ipynb #86247422
 @dataclass(eq=False)
 class IdentityLoss:
-    "1 - cosine between the estimated picture's face and the true one's, over rows with faint noise."
+    """1 - cosine between the estimated picture's face and the true one's, over rows with faint
+    noise."""
     recogniser: Callable  # pictures (n,3,H,W) in -1..1, landmarks (n,5,2) in pixels -> (n,512)
     vae: nn.Module        # decodes the estimates
     asked: NoiseLoss      # how the question was asked
@@ -166,14 +171,16 @@ class IdentityLoss:
         i = (question.t < self.below).nonzero()[:self.rows, 0]
         if not len(i): return said.sum()*0.
         latents = self.asked.estimate(said, question, i).to(self.vae.dtype)
-        pictures = self.vae.decode(latents/self.vae.config.scaling_factor).sample.float().clamp(-1.2, 1.2)
+        pictures = self.vae.decode(
+            latents/self.vae.config.scaling_factor).sample.float().clamp(-1.2, 1.2)
         found = self.recogniser(pictures, batch['landmarks'][i]*pictures.shape[-1]).float()
         return (1 - F.cosine_similarity(found, batch['own'][i], dim=-1)).mean()
 
 # %% ../nbs/train/51_losses.ipynb #2e48b56d
 @dataclass(eq=False)
 class StructureLoss:
-    "Squared error of what a reader sees in the estimate to the picture's scores, where noise is strong."
+    """Squared error of what a reader sees in the estimate to the picture's scores, where noise
+    is strong."""
     reader: Callable    # latents (n,C,h,w) -> (n,k), differentiable
     asked: NoiseLoss    # how the question was asked
     weight: float = .1  # beside the error of the noise

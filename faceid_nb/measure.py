@@ -14,7 +14,6 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 import numpy as np
-from PIL import Image
 from scipy.special import stdtrit
 from .adherence import as_list, prompt_adherence
 from .align import crop_template, similarity_transform, transform_points

@@ -43,13 +43,16 @@ class Drawing(Figure):
         FigureCanvasAgg(self).print_png(data)
         return data.getvalue()
     def _ipython_display_(self):
-        "Photographs as JPEG, the rest as PNG of 256 colours: as a page shows them, at a third of the bytes."
+        """Photographs as JPEG, the rest as PNG of 256 colours: as a page shows them, at a third
+        of the bytes."""
         from IPython.display import display   # it is there wherever this is called
         image, data = Image.open(io.BytesIO(self._repr_png_())).convert('RGB'), io.BytesIO()
         images = chain.from_iterable(ax.images for ax in self.axes)
         photos = any(np.ndim(i.get_array()) == 3 for i in images)
         if photos: image.save(data, 'JPEG', quality=85)
-        else: image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(data, 'PNG')
+        else:
+            image.quantize(256, Image.Quantize.MAXCOVERAGE,
+                           dither=Image.Dither.NONE).save(data, 'PNG')
         kind = 'image/jpeg' if photos else 'image/png'
         display({kind: data.getvalue(), 'text/plain': repr(self)}, raw=True)
 
@@ -60,7 +63,8 @@ def _renderer(): return FigureCanvasAgg(Figure(dpi=_DPI)).get_renderer()
 @lru_cache(10000)
 def _inches(text, size=_SMALL):
     "How wide a line of text is, and 3% more, since other resolutions round letters otherwise."
-    return 1.03*_renderer().get_text_width_height_descent(text, FontProperties(size=size), False)[0]/_DPI
+    return 1.03*_renderer().get_text_width_height_descent(text, FontProperties(size=size),
+                                                          False)[0]/_DPI
 
 def _high(lines, size=_SMALL):
     "How high so many lines are, in inches."
@@ -85,7 +89,8 @@ def _lines(paragraph, fits):
     return [line for line in lines if line]
 
 def _wrap(text, width, most=99):
-    "Lines of text, none wider than `width` inches, at most `most` of them: what goes beyond ends in '…'."
+    """Lines of text, none wider than `width` inches, at most `most` of them: what goes beyond
+    ends in '…'."""
     def fits(line): return _inches(line) <= width
     lines = list(chain.from_iterable(_lines(p, fits) for p in str(text).split('\n')))
     if len(lines) <= most: return lines
@@ -96,8 +101,9 @@ def _wrap(text, width, most=99):
 def _cut(text, width): return ''.join(_wrap(text, width, 1))
 
 # %% ../nbs/study/31_plots.ipynb #b0059fc3
-RESULTS = ('likeness', 'distance', 'adherence', 'state', 'error', 'image', 'seconds', 'number', 'key',
-           'judge', 'device', 'made')     # all other columns are arguments
+# all other columns are arguments
+RESULTS = ('likeness', 'distance', 'adherence', 'state', 'error', 'image', 'seconds', 'number',
+           'key', 'judge', 'device', 'made')
 NAMES = dict(likeness='likeness', distance='structure distance', adherence='prompt adherence')
 SMALLER = ('distance', 'seconds')     # results of which less is better
 
@@ -115,14 +121,15 @@ def _read(table, *needed):
     t = _as_frame(table)
     for c in needed:
         if c in t.columns: continue
-        raise ArgumentError(f'The table has no column {c!r}', f"it has {', '.join(map(str, t.columns))}",
-                            'Name one of these')
+        raise ArgumentError(f'The table has no column {c!r}',
+                            f"it has {', '.join(map(str, t.columns))}", 'Name one of these')
     if not len(t): raise ArgumentError('The table has no rows', '', 'Give one row a picture')
     return t
 
 # %% ../nbs/study/31_plots.ipynb #810fa5b3
 def _key(value):
-    "A value as it is compared: floats to 12 digits, nan and None alike, a list or dict by its text."
+    """A value as it is compared: floats to 12 digits, nan and None alike, a list or dict by its
+    text."""
     if value is None or type(value).__name__ in ('NAType', 'NaTType'): return None
     if isinstance(value, (float, np.floating)):   # 0.1 + 0.2 is 0.3
         return None if value != value else float(f'{value:.12g}')
@@ -244,7 +251,8 @@ def _put_picture(sheet, r, c, image, why='', caption=()):
 
 # %% ../nbs/study/31_plots.ipynb #bbdcd6e0
 def _open(value):
-    "What `read_image` takes, or an object with a picture in `.image`: (PIL picture, ''), or (None, why not)."
+    """What `read_image` takes, or an object with a picture in `.image`: (PIL picture, ''), or
+    (None, why not)."""
     value = getattr(value, 'image', value)
     if _key(value) is None: return None, 'no picture'
     try: return Image.fromarray(read_image(value)), ''
@@ -264,7 +272,8 @@ def _short_number(v): return f'{v:.2f}' if isinstance(_key(v), float) else _labe
 def _caption(row, names):
     "The results of a row in one short line; 'no face' where a face was needed and none found."
     values = [row[n] for n in names]
-    if {'likeness', 'distance'} & set(names) and all(_key(v) is None for v in values): return ['no face']
+    if {'likeness', 'distance'} & set(names) and all(_key(v) is None for v in values):
+        return ['no face']
     return [' / '.join(map(_short_number, values))] if values else []
 
 def _legend(names):
@@ -278,7 +287,8 @@ def _shape(images):
 # %% ../nbs/study/31_plots.ipynb #dfcf3ad7
 def _check_two(rows, columns):
     if rows != columns: return
-    raise ArgumentError('Rows and columns must be two arguments', f'both are {rows!r}', 'Name another')
+    raise ArgumentError('Rows and columns must be two arguments', f'both are {rows!r}',
+                        'Name another')
 
 def _check_single(several, names):
     "Raise ArgumentError where several rows of the table fall into one place."
@@ -294,13 +304,15 @@ def _cells(t, rows, columns):
     "{(row, column): the one row of the table that belongs there}. Raises ArgumentError."
     _check_two(rows, columns)
     cells = {}
-    for key, row in zip(_keys(t, rows, columns), t.to_dict('records')): cells.setdefault(key, []).append(row)
+    for key, row in zip(_keys(t, rows, columns), t.to_dict('records')):
+        cells.setdefault(key, []).append(row)
     for several in cells.values(): _check_single(several, (rows, columns))
     return {key: several[0] for key, several in cells.items()}
 
 # %% ../nbs/study/31_plots.ipynb #5f85b0b4
 def _photos(reference, levels):
-    "{number of the row: (photograph, '')}, from one photograph (for the first row) or {level: photograph}."
+    """{number of the row: (photograph, '')}, from one photograph (for the first row) or {level:
+    photograph}."""
     given = reference if isinstance(reference, dict) else {levels[0]: reference}
     photos = {r: _open(given[k]) for r, k in enumerate(levels) if given.get(k) is not None}
     for photo, why in photos.values():
@@ -310,11 +322,13 @@ def _photos(reference, levels):
     return photos
 
 def _heads(rows, down, columns, across, width, beside, shape):
-    "Lines of text for the heads of rows and columns: beside the rows is as much room as these need."
+    """Lines of text for the heads of rows and columns: beside the rows is as much room as these
+    need."""
     n = len(across) + beside
     heads = [_wrap(f'{rows} {_label(k)}', _tile(width, .2, n)*shape - .04, 3) for k in down]
     room = _tile(width, _high(max(map(len, heads))), n)
-    return heads, [['photograph']]*beside + [_wrap(f'{columns} {_label(k)}', room, 3) for k in across]
+    return heads, [['photograph']]*beside + [_wrap(f'{columns} {_label(k)}', room, 3)
+                                             for k in across]
 
 # %% ../nbs/study/31_plots.ipynb #874cbb6c
 def structure_grid(
@@ -325,7 +339,8 @@ def structure_grid(
     captions=('likeness', 'distance'),  # results under each picture, where the table has them
     width=WIDTH,      # inches, of 100 dots
 ) -> Drawing:
-    "Pictures in rows and columns; what failed or is missing is grey. Raises `ArgumentError`, `ImageError`."
+    """Pictures in rows and columns; what failed or is missing is grey. Raises `ArgumentError`,
+    `ImageError`."""
     t = _read(table, rows, columns, 'image')
     down, across, cells = _levels(t, rows), _levels(t, columns), _cells(t, rows, columns)
     made = {at: _result(cells.get(at)) for at in product(down, across)}
@@ -344,7 +359,8 @@ def structure_grid(
 
 # %% ../nbs/study/31_plots.ipynb #ca5f07cd
 def _choose_captions(t, caption):
-    "(function(row) -> text, the results among its names) for what `all_pictures` takes as `caption`."
+    """(function(row) -> text, the results among its names) for what `all_pictures` takes as
+    `caption`."""
     if callable(caption): return caption, []
     if caption is None: names = ['likeness']*('likeness' in t) + _varying(t)
     else: names = [caption] if isinstance(caption, str) else list(caption)
@@ -408,7 +424,8 @@ def _heat_axes(at, sides, foot):
     bottom, high = 1 - (at.top + at.h)/H, at.h/H
     ax = figure.add_axes((at.left/at.W, bottom, at.w/at.W, high))
     bar = figure.add_axes(((at.left + at.w + .08)/at.W, bottom, .1/at.W, high))
-    figure.text(_PAD/at.W, _PAD/H, '\n'.join(foot), fontsize=_SMALL, linespacing=1.2, parse_math=False)
+    figure.text(_PAD/at.W, _PAD/H, '\n'.join(foot), fontsize=_SMALL, linespacing=1.2,
+                parse_math=False)
     _name_axis(ax.xaxis, at.across, at.wide if at.upright else 9, at.line, sides[1], 90*at.upright)
     _name_axis(ax.yaxis, at.down, at.high, at.line, sides[0], 0)
     ax.xaxis.tick_top()
@@ -433,20 +450,24 @@ def _frame(ax, r, c):
     _mark(ax, r, c, ec='w', lw=1.2, clip_on=False, **how)
 
 def _write(ax, r, c, text, colour):
-    "The text of a cell, white where its colour is dark; colour None: there is no number, so it is hatched."
+    """The text of a cell, white where its colour is dark; colour None: there is no number, so it
+    is hatched."""
     bright = colour is None or np.dot(colour[:3], (.3, .59, .11)) > .5
     how = dict(ha='center', va='center', fontsize=_SMALL, linespacing=1.1)
     said = ax.text(c, r, text, color=_INK if bright else 'w', **how)
     if colour is None: said.set_bbox(dict(fc=_GREY, ec='none', pad=1))
 
+# %% ../nbs/study/31_plots.ipynb #a4b06342
 def _heat(values, texts, at, sides, norm, frames=(), foot=''):
-    "Numbers (n, m) as colours, texts (n, m) in the cells. A nan is hatched, or left empty where its text is."
+    """Numbers (n, m) as colours, texts (n, m) in the cells. A nan is hatched, or left empty
+    where its text is."""
     figure, ax, bar = _heat_axes(at, sides, foot)
     masked = np.ma.masked_invalid(values)
     image = ax.imshow(masked, cmap='viridis', norm=norm, aspect='auto', interpolation='nearest')
     figure.colorbar(image, cax=bar).outline.set_visible(False)
     lines = chain.from_iterable(t.split('\n') for t in texts.flat)
-    roomy = at.high >= _high(at.lines) and all(_inches(line) < at.wide - .03 for line in lines if line)
+    roomy = at.high >= _high(at.lines) and all(_inches(line) < at.wide - .03
+                                               for line in lines if line)
     for (r, c), text in np.ndenumerate(texts):
         if not text: continue
         missing = np.isnan(values[r, c])
@@ -477,7 +498,8 @@ def _find_owners(owner, n, m):
     own = np.atleast_1d(owner)
     if not len(own) or own.shape == (n,) and set(own.tolist()) <= set(range(m)): return own
     raise ArgumentError('Every picture needs one owner among the columns',
-                        f'{own.tolist()} for {n} x {m} numbers', 'Give one column number a row, from 0')
+                        f'{own.tolist()} for {n} x {m} numbers',
+                        'Give one column number a row, from 0')
 
 def _find_labels(given, matrix, side, count):
     "The labels of a side: those that were given, the DataFrame's, or numbers."
@@ -495,13 +517,16 @@ def similarity_heatmap(
     limits=None,      # (low, high) of the colours; None: the smallest and largest value
     width=WIDTH,      # inches, of 100 dots
 ) -> Drawing:
-    "Similarities as colours and, where there is room, numbers; a nan is hatched. Raises `ArgumentError`."
+    """Similarities as colours and, where there is room, numbers; a nan is hatched. Raises
+    `ArgumentError`."""
     values = _check_matrix(matrix)
     n, m = values.shape
-    down, across = _find_labels(rows, matrix, 'index', n), _find_labels(columns, matrix, 'columns', m)
+    down, across = _find_labels(rows, matrix, 'index',
+                                n), _find_labels(columns, matrix, 'columns', m)
     if (len(down), len(across)) != (n, m):
         found = f'{len(down)} and {len(across)} for {n} x {m} numbers'
-        raise ArgumentError('The labels do not fit the matrix', found, 'Give one for each row and column')
+        raise ArgumentError('The labels do not fit the matrix', found,
+                            'Give one for each row and column')
     own = _find_owners(owner, n, m)
     foot = 'colour: likeness' + '; framed: the own person'*(len(own) > 0)
     foot += '; hatched: no face was found'*bool(np.isnan(values).any())
@@ -513,7 +538,8 @@ def similarity_heatmap(
 def _mean(t, column, group='face'):
     "Mean, half its 95% interval, number of independent values, and of rows with a number."
     from faceid_nb.measure import mean_interval   # slow to load: only where something is drawn
-    v = _numbers(t, column)   # rows of one group are averaged first, where the table has that column
+    # rows of one group are averaged first, where the table has that column
+    v = _numbers(t, column)
     groups = _labels(k for k, in _keys(t, group)) if group in t else None
     return *mean_interval(v, groups), int(np.isfinite(v).sum())
 
@@ -526,7 +552,8 @@ def _over(t, group):
 def _note(t, group, columns):
     "What means were taken over, and how many pictures could not take part."
     lost = int(np.isnan([_numbers(t, c) for c in columns]).any(0).sum())
-    return f'means with 95% intervals, {_over(t, group)}' + f', {lost} of them without a number'*bool(lost)
+    return (f'means with 95% intervals, {_over(t, group)}'
+            + f', {lost} of them without a number'*bool(lost))
 
 # %% ../nbs/study/31_plots.ipynb #d0b91958
 def _knob_cells(t, rows, columns, value, group):
@@ -540,6 +567,7 @@ def _knob_cells(t, rows, columns, value, group):
         texts[at] = _two(values[at]) + f'\n{k} of {len(part)}'*(0 < k < len(part))
     return down, across, values, texts
 
+# %% ../nbs/study/31_plots.ipynb #34068ab5
 def knob_heatmap(
     table,             # DataFrame, one row a picture
     rows='scale', columns='s_scale',  # the two arguments
@@ -549,13 +577,15 @@ def knob_heatmap(
     limits=None,       # (low, high) of the colours; None: the smallest and largest mean
     width=WIDTH,       # inches, of 100 dots
 ) -> Drawing:
-    "Mean of a result for every pair of two arguments; without any number hatched. Raises `ArgumentError`."
+    """Mean of a result for every pair of two arguments; without any number hatched. Raises
+    `ArgumentError`."""
     _check_two(rows, columns)
     t = _read(table, rows, columns, value)
     down, across, values, texts = _knob_cells(t, rows, columns, value, group)
     part = next((x.split('\n')[1] for x in texts.flat if '\n' in x), '')
     foot = f'colour: mean {NAMES.get(value, value)}, {_over(t, group)}'
-    foot += f"; '{part}': only so many have a number"*bool(part) + '; nan: none has one'*('nan' in texts)
+    foot += f"; '{part}': only so many have a number"*bool(
+        part) + '; nan: none has one'*('nan' in texts)
     at = _heat_cells(texts, _labels(down), _labels(across), width)
     return _heat(values, texts, at, (rows, columns), _norm(values, limits), foot=foot)
 
@@ -588,7 +618,8 @@ def _look(k, n, joined):
     "(how far from its place the k-th of n lines is drawn, its colour and marks)"
     look = dict(color=COLOURS[k % 7], marker=_MARKERS[k % 7], ms=4, lw=1.2, elinewidth=1, capsize=2)
     if joined: return 0, look | dict(ls='-' if k < 7 else '--')
-    return .5*(k - (n - 1)/2)/n, look | dict(ls='')   # names have no order: points side by side, not joined
+    # names have no order: points side by side, not joined
+    return .5*(k - (n - 1)/2)/n, look | dict(ls='')
 
 def _line(ax, part, x, y, group, axis, beside, look):
     "A line of a panel: means with intervals."
@@ -599,7 +630,8 @@ def _line(ax, part, x, y, group, axis, beside, look):
 
 def _curve(ax, parts, x, y, group, axis, lines, ceiling):
     "One panel, with a line for each part of the table."
-    if axis.names: ax.set_xticks(list(axis.place.values()), axis.names, rotation=axis.turn, parse_math=False)
+    if axis.names:
+        ax.set_xticks(list(axis.place.values()), axis.names, rotation=axis.turn, parse_math=False)
     for k, (level, part) in enumerate(parts.items()):
         beside, look = _look(k, len(parts), axis.numbers)
         look['label'] = f'{lines} {_label(level)}' if lines else '_'
@@ -621,7 +653,8 @@ def _find_results(t, wanted):
     raise ArgumentError('None of the results is in the table', found, 'Name a column of numbers')
 
 def _by_level(t, lines):
-    "{level: the rows of the table that have it}, in order; the whole table where there are no lines."
+    """{level: the rows of the table that have it}, in order; the whole table where there are no
+    lines."""
     if not lines: return {None: t}
     split = _split(t, lines)
     return {k: split[k,] for k in _levels(t, lines)}
@@ -698,7 +731,8 @@ def _clear(box, boxes):
     return all(x1 <= a or c <= x0 or y1 <= b or d <= y0 for a, b, c, d in boxes)
 
 # %% ../nbs/study/31_plots.ipynb #c2cb26d4
-_NEAR = (8, 12, 18, 26, 38, 54, 76, 104, 140)   # dots between a point and its text, tried in this order
+# dots between a point and its text, tried in this order
+_NEAR = (8, 12, 18, 26, 38, 54, 76, 104, 140)
 
 def _inside(box, frame):
     (x0, y0, x1, y1), f = box, frame
@@ -710,8 +744,10 @@ def _way(point, middle, w, h):
     if max(abs(mx - x) - w/2, abs(my - y) - h/2) <= 14: return []
     return [_around(p, q, 1) for p, q in np.linspace(point, middle, 30)]
 
+# %% ../nbs/study/31_plots.ipynb #adcfe3ab
 def _place(point, size, frame, taken, placed):
-    "A box near a point, inside the frame and clear of what is taken: (box, boxes of the line), or None."
+    """A box near a point, inside the frame and clear of what is taken: (box, boxes of the line),
+    or None."""
     (x, y), (w, h) = point, size
     for r, a in product(_NEAR, np.arange(16)*np.pi/8):
         mx, my = x + (r + w/2)*np.cos(a), y + (r + h/2)*np.sin(a)
@@ -725,19 +761,23 @@ def _annotate(ax, dot, point, lines, box, way):
     (x, y), (x0, y0, x1, y1) = dot, box
     line = dict(arrowstyle='-', lw=.5, color='0.5', shrinkA=0, shrinkB=3) if way else None
     offset = ((x0 + x1)/2 - x)*72/_DPI, ((y0 + y1)/2 - y)*72/_DPI
-    how = dict(ha='center', va='center', fontsize=_SMALL, linespacing=1.15, parse_math=False, arrowprops=line)
-    ax.annotate('\n'.join(lines), point, offset, textcoords='offset points', **how).set_in_layout(False)
+    how = dict(ha='center', va='center', fontsize=_SMALL, linespacing=1.15, parse_math=False,
+               arrowprops=line)
+    ax.annotate('\n'.join(lines), point, offset, textcoords='offset points',
+                **how).set_in_layout(False)
 
 # %% ../nbs/study/31_plots.ipynb #e3ad996c
 def _beside(ax, points, texts, boxes, softer):
-    """Write each text near its point: clear of all boxes, or at least of `boxes` and the other texts;
+    """Write each text near its point: clear of all boxes, or at least of `boxes` and the other
+    texts;
     one that finds no place is left out."""
     placed, frame = [], ax.get_window_extent()
     for dot, point, text in zip(ax.transData.transform(points), points, texts):
         lines = _wrap(text, 1.2)
         if not lines: continue
         size = _DPI*max(map(_inches, lines)) + 2, _DPI*_high(len(lines))
-        found = _place(dot, size, frame, boxes + softer, placed) or _place(dot, size, frame, boxes, placed)
+        found = _place(dot, size, frame, boxes + softer,
+                       placed) or _place(dot, size, frame, boxes, placed)
         if not found: continue
         box, way = found
         placed.append(box)
@@ -763,7 +803,8 @@ class _Cloud:
     def __post_init__(self):
         self.front = pareto_front(self.points*[-1 if s else 1 for s in self.smaller])
         self.drawn = ~np.isnan(self.points).any(1)
-        self.order = np.flatnonzero(self.front)[np.argsort(self.points[self.front, 0], kind='stable')]
+        self.order = np.flatnonzero(self.front)[np.argsort(self.points[self.front, 0],
+                                                           kind='stable')]
 
 def _cloud(parts, columns, group):
     stats = np.array([[_mean(p, c, group)[:2] for c in columns] for p in parts])   # (n, 2, 2)
@@ -792,6 +833,13 @@ def _name_points(ax, cloud, names, ring):
     _beside(ax, cloud.points[drawn], [n for n, d in zip(shown, drawn) if d], *obstacles)
 
 # %% ../nbs/study/31_plots.ipynb #ff3654b7
+def _front_axes(width):
+    figure = Drawing(figsize=(width, 3.2), dpi=_DPI, layout='constrained')
+    ax = figure.subplots()
+    ax.margins(.16, .14)
+    return figure, ax
+
+# %% ../nbs/study/31_plots.ipynb #8e7df888
 def trade_off(
     table,         # DataFrame, one row a picture
     x='adherence', y='likeness',  # two results
@@ -800,15 +848,15 @@ def trade_off(
     chosen=None,   # {argument: value}, or the value where `by` is one argument: the setting to be ringed
     width=WIDTH,   # inches, of 100 dots
 ) -> Drawing:
-    "Every setting with its intervals; those that none beats in both are joined. Raises `ArgumentError`."
+    """Settings with their intervals; those that none beats in both are joined. Raises
+    `ArgumentError`."""
     by = [by] if isinstance(by, str) else list(by)
     t = _read(table, x, y, *by)
     parts = _split(t, *by)
     pick, cloud = _pick(chosen, by, parts), _cloud(parts.values(), (x, y), group)
-    names, ring = [_settings(dict(zip(by, k)), by) for k in parts], np.array([k == pick for k in parts])
-    figure = Drawing(figsize=(width, 3.2), dpi=_DPI, layout='constrained')
-    ax = figure.subplots()
-    ax.margins(.16, .14)
+    names = [_settings(dict(zip(by, k)), by) for k in parts]
+    ring = np.array([k == pick for k in parts])
+    figure, ax = _front_axes(width)
     _scatter(ax, cloud, ring)
     for put, c in ((ax.set_xlabel, x), (ax.set_ylabel, y)):
         put(NAMES.get(c, c) + ' (less is better)'*(c in SMALLER), fontsize=_TITLE)
@@ -835,11 +883,10 @@ def _choose(kind, have, wanted, most):
         return [have[i] for i in sorted({round(i) for i in places})]
     bad = [w for w in wanted if w not in have]
     if not bad and len(wanted): return list(wanted)
-    raise ArgumentError(f'There is no such {kind}', f'{bad}', f"Choose among {', '.join(map(str, have))}")
+    raise ArgumentError(f'There is no such {kind}', f'{bad}',
+                        f"Choose among {', '.join(map(str, have))}")
 
 def _mix(colours, under): return .7*colours[..., :3] + .3*under
-
-_short = short_layer   # the studio still asks for this name
 
 # %% ../nbs/study/31_plots.ipynb #ff52b01e
 def _colour_bar(sheet, cmap, norm):
@@ -854,7 +901,8 @@ def _colour_bar(sheet, cmap, norm):
 
 def _overlay(maps, image, down, across, note, width):
     "Maps (n, m, H, W) as colours over the grey picture, all on one scale."
-    cmap, norm = matplotlib.colormaps['viridis'], Normalize(maps.min(), max(maps.max(), maps.min() + 1e-6))
+    cmap, norm = matplotlib.colormaps['viridis'], Normalize(maps.min(),
+                                                            max(maps.max(), maps.min() + 1e-6))
     grey = np.asarray(image.convert('L').resize(maps.shape[:1:-1]), np.float64)[..., None]/255
     shape = image.height/image.width
     places = _Places(len(down), len(across) + 1, width, _high(1), _high(1), beside=1, shape=shape)
@@ -889,7 +937,8 @@ def _share(condition, row, size, want):
         return np.asarray(maps)[row, want['token']].mean(0)
     return np.mean([step(s) for s in want['step']], 0)
 
-def _say_kind(kind, values): return [short_layer(v) if kind == 'layer' else f'{kind} {v + 1}' for v in values]
+def _say_kind(kind, values):
+    return [short_layer(v) if kind == 'layer' else f'{kind} {v + 1}' for v in values]
 
 # %% ../nbs/study/31_plots.ipynb #680fdcb3
 def attention_maps(
@@ -902,14 +951,16 @@ def attention_maps(
     most=5,      # places along an axis, evenly spaced
     width=WIDTH, # inches, of 100 dots
 ) -> Drawing:
-    """How much of its attention over the identity tokens each place gives to one of them, over the grey
+    """How much of its attention over the identity tokens each place gives to one of them, over the
+    grey
     picture; the mean of what is not an axis. Raises `ArgumentError`, `ImageError`."""
     have, axes = _check_maps(condition, rows, columns, row), (rows, columns)
     wanted = dict(layer=layers, step=steps, token=tokens if 'token' in axes else [token])
     want = {k: _choose(k, have[k], wanted[k], most if k in axes else 10**9) for k in _KINDS}
     image, why = _open(image)
     if image is None:
-        raise ImageError('There is no picture to draw the attention on', why, 'Give what the pipeline made')
+        raise ImageError('There is no picture to draw the attention on', why,
+                         'Give what the pipeline made')
     scale = min(1, 256/max(image.size))
     size = round(image.height*scale), round(image.width*scale)
     def share(a, b): return _share(condition, row, size, want | {rows: [a], columns: [b]})
@@ -951,7 +1002,8 @@ def export_figure(
     kind = path.suffix.lower()[1:]
     if kind not in ('png', 'pdf'):
         found = f"its suffix is {path.suffix or 'missing'}"
-        raise ArgumentError(f'Cannot write a figure called {path.name}', found, 'Call it .png or .pdf')
+        raise ArgumentError(f'Cannot write a figure called {path.name}', found,
+                            'Call it .png or .pdf')
     rows = None if table is None else _plain(table)
     letters = {'pdf.fonttype': 42, 'savefig.bbox': 'standard'}   # 42: letters, not outlines
     dated = dict(CreationDate=None) if kind == 'pdf' else None

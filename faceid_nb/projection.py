@@ -14,7 +14,8 @@ from .errors import CheckpointError, VariantError
 
 # %% ../nbs/method/03_projection.ipynb #d6c36b85
 class MLPProjection(nn.Module):
-    "Identity embedding -> `num_tokens` tokens as wide as text tokens. Names as in the official files."
+    """Identity embedding -> `num_tokens` tokens as wide as text tokens. Names as in the official
+    files."""
     def __init__(self,
         cross_attention_dim=768,  # d, width of a text token
         id_embeddings_dim=512,    # width of a face embedding
@@ -25,7 +26,8 @@ class MLPProjection(nn.Module):
         self.cross_attention_dim, self.num_tokens = cross_attention_dim, num_tokens
         hidden = hidden or 2 * id_embeddings_dim
         widen = nn.Linear(id_embeddings_dim, hidden)
-        self.proj = nn.Sequential(widen, nn.GELU(), nn.Linear(hidden, cross_attention_dim * num_tokens))
+        self.proj = nn.Sequential(widen, nn.GELU(),
+                                  nn.Linear(hidden, cross_attention_dim * num_tokens))
         self.norm = nn.LayerNorm(cross_attention_dim)
     @property
     def embedding_dim(self): return self.proj[0].in_features
@@ -46,7 +48,8 @@ class PerceiverAttention(nn.Module):
         self.to_q = nn.Linear(dim, inner, bias=False)
         self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
-    def split(self, t): return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)    # (B, h, N, dim_head)
+    # (B, h, N, dim_head)
+    def split(self, t): return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
     def forward(self,
         x,        # (B, L, dim) picture features
         latents,  # (B, T, dim) queries
@@ -84,7 +87,8 @@ class FacePerceiverResampler(nn.Module):
         for _ in range(depth):
             attn, ff = PerceiverAttention(dim, dim_head, heads), perceiver_feedforward(dim, ff_mult)
             self.layers.append(nn.ModuleList([attn, ff]))
-    def forward(self, latents, x):  # (B, T, dim) identity tokens, (B, L, embedding_dim) CLIP's states
+    # (B, T, dim) identity tokens, (B, L, embedding_dim) CLIP's states
+    def forward(self, latents, x):
         "-> (B, T, output_dim)"
         x = self.proj_in(x)
         for attn, ff in self.layers:
@@ -94,16 +98,19 @@ class FacePerceiverResampler(nn.Module):
 
 # %% ../nbs/method/03_projection.ipynb #e987c700
 class PlusProjection(MLPProjection):
-    "Plus: tokens that read the crop, `r`. PlusV2: identity tokens `x` and a weighed `r`: `x + s * r`."
-    def __init__(self, cross_attention_dim=768, id_embeddings_dim=512, clip_embeddings_dim=1280, num_tokens=4,
-                 depth=4, dim_head=64, hidden=None,
-                 shortcut=True):  # True: PlusV2
+    """Plus: tokens that read the crop, `r`. PlusV2: identity tokens `x` and a weighed `r`: `x +
+    s * r`."""
+    # True: PlusV2
+    def __init__(self, cross_attention_dim=768, id_embeddings_dim=512, clip_embeddings_dim=1280,
+                 num_tokens=4, depth=4, dim_head=64, hidden=None, shortcut=True):
         super().__init__(cross_attention_dim, id_embeddings_dim, num_tokens, hidden)
         self.shortcut = shortcut
         width = cross_attention_dim
-        self.perceiver_resampler = FacePerceiverResampler(width, depth, dim_head, None, clip_embeddings_dim)
+        self.perceiver_resampler = FacePerceiverResampler(width, depth, dim_head, None,
+                                                          clip_embeddings_dim)
     def parts(self, embeds, clip):  # (B, 512), (B, L, clip width)
-        "Identity tokens x and resampled tokens r, (B, T, d) each: all that a sweep over `s_scale` needs"
+        """Identity tokens x and resampled tokens r, (B, T, d) each: all that a sweep over
+        `s_scale` needs"""
         x = super().forward(embeds)
         return x, self.perceiver_resampler(x, clip)
     def combine(self, x, r, s_scale=1.0):
@@ -153,7 +160,8 @@ def _load_floats(model, state):
     "Put a checkpoint's tensors into a projection, in float32. Raises `CheckpointError`."
     try: model.load_state_dict({k: v.float() for k, v in state.items()})
     except RuntimeError as e:
-        raise CheckpointError('The projection tensors do not fit together', str(e).split('\n')[1].strip(),
+        raise CheckpointError('The projection tensors do not fit together',
+                              str(e).split('\n')[1].strip(),
                               'The file is damaged or of another kind') from e
     return model
 
@@ -162,7 +170,8 @@ def projection_from_state(
     state,           # the `image_proj` section of a checkpoint
     shortcut=None,   # for files with a resampler: True for PlusV2, False for Plus; shapes cannot tell
 ):
-    "The projection that fits these tensors, with them loaded. Raises `CheckpointError`, `VariantError`."
+    """The projection that fits these tensors, with them loaded. Raises `CheckpointError`,
+    `VariantError`."""
     hidden, id_dim, wide, d = widths = check_projection(state)
     has_resampler = f'{_RESAMPLER}proj_in.weight' in state
     if has_resampler: return _load_floats(_plus_of_state(state, widths, shortcut), state)
@@ -190,12 +199,13 @@ class RawProjection(FacePerceiverResampler):
             why = str(e).split('\n')[-1].strip()
             do = 'The file is damaged or of another kind'
             raise CheckpointError('The projection tensors do not fit together', why, do) from e
-        self.num_tokens, self.cross_attention_dim = self.latents.shape[1], self.proj_out.out_features
+        self.num_tokens, self.cross_attention_dim = (self.latents.shape[1],
+                                                     self.proj_out.out_features)
         self.embedding_dim = self.proj_in.in_features
     @property
     def proj(self): return [self.proj_in]     # where the embedding enters, and
     @property
-    def norm(self): return self.norm_out      # where tokens leave: as the other projections call them
+    def norm(self): return self.norm_out  # where tokens leave: as the other projections call them
     def forward(self,
         embeds,  # (B, 512), or (B, k, 512) for k photographs of one person
     ):

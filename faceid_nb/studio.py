@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from traitlets import Bool, Float, HasTraits, Int, List, TraitError, Unicode, validate

@@ -20,12 +20,9 @@ from .cells import DEFAULTS, RESULTS, SCORES, Cell, Namer, Shelf, as_axis, check
 from .cells import check_numbers, write_down
 from .errors import ArgumentError, FaceIDError
 from .models import MODELS
-from .work import Queue, Scoring, batches, default_batch, load_once, load_recipe, make_batch
+from .work import (Queue, Scoring, batches, default_batch, load_once, load_recipe,
+                            make_batch)
 from .work import smaller, work_off
-
-# the studio and the command line still ask for these here
-from .cells import read_table  # noqa: F401
-from .work import find_scoring, out_of_memory  # noqa: F401
 
 # %% ../nbs/study/30_sweep.ipynb #9bce375e
 def _models(axes, model):
@@ -38,7 +35,8 @@ def check_grid(
     model,  # a name for `load`, a `FaceID`, or None where it is an axis
 ):
     "Raise ArgumentError where no grid comes of these."
-    if not axes: raise ArgumentError('A sweep needs an axis', '', 'For one picture: axes=dict(seed=[0])')
+    if not axes:
+        raise ArgumentError('A sweep needs an axis', '', 'For one picture: axes=dict(seed=[0])')
     both = [k for k in axes if k in fixed] + ['model']*('model' in axes and model is not None)
     if both: raise ArgumentError(f'{both[0]} is given twice', 'once as an axis', 'Give it once')
     for m in _models(axes, model):
@@ -52,7 +50,8 @@ def check_grid(
 
 # %% ../nbs/study/30_sweep.ipynb #c807a54f
 def make_cells(axes, fixed, model, load) -> list:  # as for `Sweep`, checked; of `Cell`s
-    "Every combination of the axes as a cell, the last axis fastest, named by its arguments and the weights."
+    """Every combination of the axes as a cell, the last axis fastest, named by its arguments and
+    the weights."""
     namer, cells = Namer(_models(axes, model), load), []
     for number, pairs in enumerate(itertools.product(*(axis.items() for axis in axes.values()))):
         labels = dict(zip(axes, (label for label, _ in pairs)))
@@ -90,7 +89,8 @@ class Sweep:
         "The cells of this sweep that a folder holds, in the grid's order; see `Shelf.table`."
         with Shelf(folder) as shelf: return shelf.table([c.key for c in self.cells])
     def run(self, folder, executor=None, batch_size=None, progress=True, cells=None, on_step=None):
-        "Generator of finished `Cell`s, those of an earlier run first (`kept`); arguments as for `Run`."
+        """Generator of finished `Cell`s, those of an earlier run first (`kept`); arguments as
+        for `Run`."""
         yield from Run(self, folder, executor, batch_size, progress, cells, on_step)
 
 # %% ../nbs/study/30_sweep.ipynb #78f4e028
@@ -102,7 +102,8 @@ def _make_here(run, batch, bar):
         bar.refresh()
         if run.on_step: run.on_step(step)
     named = isinstance(batch.model, str)
-    model = sweep.working = load_once(load_recipe(batch.model, sweep.load))[0] if named else batch.model
+    model = sweep.working = load_once(load_recipe(batch.model,
+                                                  sweep.load))[0] if named else batch.model
     on_step = told if run.on_step or not bar.disable else None
     made = make_batch(batch._replace(model=model), sweep.scoring, on_step=on_step)
     sweep.working, bar.n = None, before
@@ -159,7 +160,8 @@ def _put_all(shelf, bar, lists):
 # %% ../nbs/study/30_sweep.ipynb #99545e00
 @dataclass
 class Run:
-    "A run of a sweep, an iterable of finished cells, each on the disk. What failed before is tried again."
+    """A run of a sweep, an iterable of finished cells, each on the disk. What failed before is
+    tried again."""
     sweep: Sweep
     folder: object            # where the results are, and are kept
     # None: here; an `Executor` (Dask: `client.get_executor()`), or a function that makes one
@@ -167,10 +169,11 @@ class Run:
     batch_size: int = None    # None: by the model and the device
     progress: bool = True     # a bar
     cells: list = None        # some of the sweep's; None: all
-    on_step: object = None    # here only: called with a `Step` of the batch at work; may call `stop`
+    on_step: object = None  # here only: called with a `Step` of the batch at work; may call `stop`
     def __iter__(self):
         size = _find_size(self.sweep, self.batch_size)
-        self.sweep.stopped, same = False, _by_key(self.sweep.cells if self.cells is None else self.cells)
+        self.sweep.stopped, same = False, _by_key(self.sweep.cells if self.cells is None
+                                                  else self.cells)
         with Shelf(self.folder) as shelf, _bar(len(same), self.progress) as bar:
             there = shelf.finished()
             for key in [k for k in same if k in there]:
@@ -178,7 +181,8 @@ class Run:
                 yield _settle(same[key], there[key], kept=True)
             waiting = [cells[0] for key, cells in same.items() if key not in there]
             for c in _put_all(shelf, bar, self._make(waiting, size, bar)):
-                yield _settle(same[c.key], {k: getattr(c, k) for k in ('file', *RESULTS)}, kept=False)
+                yield _settle(same[c.key], {k: getattr(c, k) for k in ('file', *RESULTS)},
+                              kept=False)
     def _make(self, waiting, size, bar):
         if self.executor is None: return run_here(self, waiting, size, bar)
         queue = Queue(batches(waiting, size), self.executor, self.sweep.load, self.sweep.scoring)
@@ -192,7 +196,7 @@ class Found:
     s_scale: float
     likeness: float    # mean over the seeds; a picture without a face counts as 0
     adherence: float   # mean over the seeds
-    reached: bool      # whether the wanted likeness was; if not, this is the setting that came nearest
+    reached: bool  # whether the wanted likeness was; if not, this is the setting that came nearest
     pictures: int      # how many were looked at
     table: object = field(repr=False, default=None)  # DataFrame: a row a setting that was asked
 
@@ -200,15 +204,18 @@ class Answers:
     "What the pictures of settings said."
     def __init__(self): self.cells = {}   # {(s_scale, scale): the cells of its seeds}
     def add(self, cells):
-        for c in cells: self.cells.setdefault((c.parameters['s_scale'], c.parameters['scale']), []).append(c)
-    def likeness(self, setting): return np.nan_to_num([c.likeness for c in self.cells[setting]]).mean()
+        for c in cells:
+            self.cells.setdefault((c.parameters['s_scale'], c.parameters['scale']), []).append(c)
+    def likeness(self, setting):
+        return np.nan_to_num([c.likeness for c in self.cells[setting]]).mean()
     def adherence(self, setting):
         known = [c.adherence for c in self.cells[setting] if not math.isnan(c.adherence)]
         return np.mean(known) if known else math.nan
     def table(self):
         "A DataFrame, a row a setting."
-        rows = [dict(s_scale=s, scale=a, likeness=self.likeness((s, a)), adherence=self.adherence((s, a)),
-                     pictures=len(cells)) for (s, a), cells in sorted(self.cells.items())]
+        rows = [dict(s_scale=s, scale=a, likeness=self.likeness((s, a)),
+                     adherence=self.adherence((s, a)), pictures=len(cells))
+                for (s, a), cells in sorted(self.cells.items())]
         return pd.DataFrame(rows)
 
 # %% ../nbs/study/30_sweep.ipynb #76df930a
@@ -237,7 +244,8 @@ class Asker:
         if self.on_step: self.on_step(step)
     def __call__(self, settings) -> list:  # {(s_scale, scale)}; finished cells
         "The cells of some settings, made in the same batches; nothing where it was stopped."
-        cells = [c for c in self.sweep.cells if (c.parameters['s_scale'], c.parameters['scale']) in settings]
+        cells = [c for c in self.sweep.cells if (c.parameters['s_scale'],
+                                                 c.parameters['scale']) in settings]
         on_step = self._told if self.stop or self.on_step else None
         if not self.stopped:
             list(self.sweep.run(self.folder, cells=cells, progress=self.progress, on_step=on_step))
@@ -248,7 +256,8 @@ class Search:
     "The smallest scale that reaches a likeness, for each s_scale, by halving."
     def __init__(self, asker, likeness):  # an `Asker`, or what is called like one; a cosine
         self.asker, self.likeness, self.answers = asker, likeness, Answers()
-        self.scales, self.s_scales = (list(asker.sweep.axes[k].values()) for k in ('scale', 's_scale'))
+        self.scales, self.s_scales = (list(asker.sweep.axes[k].values())
+                                      for k in ('scale', 's_scale'))
         self.span = {}   # s_scale: (low, high), places in `scales`: the answer is there or between
         last = len(self.scales) - 1
         for top in dict.fromkeys((last, 2*last//3, last//3)):   # the largest may spoil the pictures
@@ -256,9 +265,11 @@ class Search:
             self.span |= {s: (0, top) for s in reached}
     def ask(self, places) -> list:  # {s_scale: place of a scale}
         "Ask for some settings: those s_scales that reach the likeness there."
-        self.answers.add(self.asker({(s, self.scales[k]) for s, k in places.items()}) if places else [])
+        self.answers.add(self.asker({(s, self.scales[k]) for s, k in places.items()}) if places
+                         else [])
         if self.asker.stopped: return []
-        return [s for s, k in places.items() if self.answers.likeness((s, self.scales[k])) >= self.likeness]
+        return [s for s, k in places.items()
+                if self.answers.likeness((s, self.scales[k])) >= self.likeness]
     def halve(self) -> bool:
         "Ask for the middle of every span. False: there was nothing to halve, or it was stopped."
         middle = {s: (low + high)//2 for s, (low, high) in self.span.items() if low < high}
@@ -274,16 +285,19 @@ class Search:
 def _search_axes(model, scales, s_scales, seeds):
     "What a search chooses from, with what is usual for the model where nothing is given."
     known = isinstance(model, str) and model in MODELS
-    variant = MODELS[model].variant if known else getattr(getattr(model, 'adapter', None), 'variant', '')
+    variant = MODELS[model].variant if known else getattr(getattr(model, 'adapter', None),
+                                                          'variant', '')
     if scales is None: scales = np.arange(1, 13)/10
     if s_scales is None: s_scales = (0., .5, 1.) if variant == 'plusv2' else (1.,)
-    return dict(s_scale=list(map(float, s_scales)), scale=sorted(map(float, scales)), seed=list(seeds))
+    return dict(s_scale=list(map(float, s_scales)), scale=sorted(map(float, scales)),
+                seed=list(seeds))
 
 def _check_made(cells):
     "Raise FaceIDError where not one picture could be made."
     errors = [c.error for c in cells if c.error]
     if len(errors) < len(cells): return
-    raise FaceIDError('No picture could be made', errors[0], 'Try one call of generate with these arguments')
+    raise FaceIDError('No picture could be made', errors[0],
+                      'Try one call of generate with these arguments')
 
 # %% ../nbs/study/30_sweep.ipynb #72a90b79
 def find_settings(
@@ -300,7 +314,8 @@ def find_settings(
 ) -> Found:            # None where it was stopped
     "The setting with the best prompt adherence among those that reach a likeness, by `Search`."
     axes = _search_axes(model, scales, s_scales, seeds)
-    sweep = Sweep(model, axes, dict(fixed, face=face, prompt=prompt), load=load, judge=judge, scorer=scorer)
+    sweep = Sweep(model, axes, dict(fixed, face=face, prompt=prompt), load=load, judge=judge,
+                  scorer=scorer)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as where:
         search = Search(Asker(sweep, where, progress, stop, on_step), likeness)
         while search.halve(): pass

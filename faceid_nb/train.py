@@ -50,7 +50,8 @@ def load_base(
     pipe = load_pipeline(TINY/'sd' if name == 'tiny' else name)
     channels = pipe.unet.config.in_channels
     if channels == pipe.vae.config.latent_channels: return pipe
-    wrong, what = f'{name} is not an ordinary text-to-image base', f'its UNet takes {channels} channels'
+    wrong, what = (f'{name} is not an ordinary text-to-image base',
+                   f'its UNet takes {channels} channels')
     raise ArgumentError(wrong, what, 'Inpainting and editing models cannot be trained here')
 
 def side_of(pipe):
@@ -61,7 +62,8 @@ def side_of(pipe):
 def _forward(layer, W, x, *_): return F.linear(x, W.to(x.dtype), layer.bias)
 
 class MergedLoRA:
-    "An attached adapter's LoRA, added to the weights anew for every step, with gradients: a context manager."
+    """An attached adapter's LoRA, added to the weights anew for every step, with gradients: a
+    context manager."""
     def __init__(self, lora):  # `adapter.at.lora` after attach(fold=False)
         self.pairs, self.weight = lora.pairs, lora.weight
         for hook in lora.hooks: hook.remove()  # it no longer runs beside the layers
@@ -77,7 +79,8 @@ class MergedLoRA:
 @dataclass
 class Recipe:
     "How a training is done."
-    variant: str = 'faceid'        # or 'plus', 'plusv2' (with an encoder), 'portrait' (num_tokens=16, rank=0)
+    # or 'plus', 'plusv2' (with an encoder), 'portrait' (num_tokens=16, rank=0)
+    variant: str = 'faceid'
     rank: int = 64                 # of the LoRA; 0: without one
     num_tokens: int = 4            # identity tokens
     batch: int = 16                # rows of a batch, for each process
@@ -120,7 +123,9 @@ def check_recipe(
     )
     for name, ok in fine.items():
         what = f'found {getattr(r, name)}'
-        if not ok: raise ArgumentError(f'{name} is out of range', what, 'The defaults are a place to start')
+        if not ok:
+            raise ArgumentError(f'{name} is out of range', what,
+                                'The defaults are a place to start')
     return recipe
 
 # %% ../nbs/train/52_train.ipynb #de948517
@@ -151,7 +156,8 @@ class Base:
         ids, dtype = ids.to(self.device), self.unet.dtype
         with self.accelerator.autocast():
             if len(self.readers) == 1: return self.readers[0](ids)[0].to(dtype), None
-            return encode_sdxl(*self.readers, ids, self.side, self.pipe.tokenizer_2.pad_token_id, dtype)
+            return encode_sdxl(*self.readers, ids, self.side, self.pipe.tokenizer_2.pad_token_id,
+                               dtype)
     @torch.no_grad()
     def ready(self, batch, g):
         "A batch on the device, its pictures as latents."
@@ -206,7 +212,8 @@ class CropReader:
         lost = (embeds == 0).all(-1)
         if self.variant == 'plus':
             lost = lost | (torch.as_tensor(s_scale, device=lost.device).expand(len(embeds)) == 0)
-        return dict(structure=torch.where(lost[:, None, None], self.nobody, states), s_scale=s_scale)
+        return dict(structure=torch.where(lost[:, None, None], self.nobody, states),
+                    s_scale=s_scale)
 
 # %% ../nbs/train/52_train.ipynb #5a2c1d15
 def ask_as(recipe, base):
@@ -238,7 +245,8 @@ class Student(nn.Module):
     def __init__(self, unet, net):
         super().__init__()
         self.unet, self.net = unet, net
-    def forward(self, x, t, text, added=None): return self.unet(x, t, text, added_cond_kwargs=added).sample
+    def forward(self, x, t, text, added=None):
+        return self.unet(x, t, text, added_cond_kwargs=added).sample
 
 class Classroom:
     "An adapter on its base: asks, hears, and weighs the answer."
@@ -287,7 +295,8 @@ class Lesson:
         with room.shows(embeds, batch, s_scale):
             said = room.answer(question.x, question.t, text)
             loss = self.asked(said, question)
-            loss, figures = add_losses(loss, self.losses, base.accelerator, said, question, batch, shown)
+            loss, figures = add_losses(loss, self.losses, base.accelerator, said, question, batch,
+                                       shown)
             base.accelerator.backward(loss)
         return figures
 
@@ -360,7 +369,8 @@ def write_adapter(
         state[part] = {k: v.detach().to(dtype or v.dtype) for k, v in tensors.items()}
     stem = stem or stem_of(adapter.variant)
     files = [save_checkpoint(state, Path(folder)/f'{stem}.safetensors', adapter.variant)]
-    lora = lora_from_checkpoint(state['ip_adapter'], [path for path, *_ in cross_attention_layers(unet)])
+    lora = lora_from_checkpoint(state['ip_adapter'],
+                                [path for path, *_ in cross_attention_layers(unet)])
     if lora: files.append(save_lora(lora, Path(folder)/f'{stem}_lora.safetensors'))
     return files
 
@@ -390,7 +400,8 @@ class HeldOut:
 def new_adapter(unet, recipe, encoder=None):
     "An adapter that has learnt nothing, for this UNet and this recipe."
     width = [encoder.width] if encoder else []
-    return FaceIDAdapter.new(unet, recipe.variant, recipe.num_tokens, recipe.rank, recipe.seed, *width)
+    return FaceIDAdapter.new(unet, recipe.variant, recipe.num_tokens, recipe.rank, recipe.seed,
+                             *width)
 
 def attach_to_learn(
     adapter, unet,
@@ -408,22 +419,22 @@ class Trainer:
     def __init__(self,
         pipe, data, recipe=None,  # the base, a data set, a `Recipe`
         adapter=None,             # to go on training this one
-        *, encoder=None,          # `StructureEncoder`, for Plus and PlusV2
-        accelerator=None,         # None: see `make_accelerator`
+        *, encoder=None, accelerator=None,   # for Plus and PlusV2; None: see `make_accelerator`
         **networks,               # identity=, structure=: see `losses_of`
     ):
         r = self.recipe = check_recipe(recipe or Recipe())
-        accelerator = accelerator or make_accelerator(r)
-        self.data, self.base = data, Base(pipe, accelerator, getattr(data, 'size', None))
-        asked = ask_as(r, self.base)
-        losses = losses_of(r, self.base, asked, data, **networks)
+        accelerator, self.data = accelerator or make_accelerator(r), data
+        self.base = Base(pipe, accelerator, getattr(data, 'size', None))
+        losses = losses_of(r, self.base, asked := ask_as(r, self.base), data, **networks)
         self.adapter = a = adapter or new_adapter(pipe.unet, r, encoder)
-        crops = CropReader(encoder, a, self.base.device, r.structure_drop) if a.structure_width else None
+        crops = None
+        if a.structure_width: crops = CropReader(encoder, a, self.base.device, r.structure_drop)
         attach_to_learn(a, pipe.unet, r.checkpointing)
         try:
             self.steps = Steps(Student(pipe.unet, a.net), a.parameters(), accelerator, r)
             self.room = Classroom(self.base, a, self.steps.student, crops)
-            self.lesson, self.held_out = Lesson(self.room, asked, losses, r.drop), HeldOut(self.room, data, r)
+            self.lesson = Lesson(self.room, asked, losses, r.drop)
+            self.held_out = HeldOut(self.room, data, r)
         except BaseException:
             self.close()
             raise
@@ -453,7 +464,8 @@ def save_training(trainer, out):
     write_steps(trainer.steps, Path(out)/'adapter.ckpt')
     base = 'sdxl' if len(trainer.base.readers) > 1 else 'sd15'
     with trainer.steps.average.inside():
-        write_adapter(trainer.adapter, trainer.base.unet, out, stem_of(trainer.adapter.variant, base))
+        write_adapter(trainer.adapter, trainer.base.unet, out,
+                      stem_of(trainer.adapter.variant, base))
 
 # %% ../nbs/train/52_train.ipynb #5a2c1d2e
 def rate(
@@ -505,7 +517,8 @@ def note(
 class Run:
     "A training under way: what was asked for, how long it has run, what there is to tell."
     def __init__(self, trainer, out=None, minutes=None, steps=None, watch=None):
-        self.trainer, self.out, self.minutes, self.limit, self.watch = trainer, out, minutes, steps, watch
+        self.trainer, self.out, self.minutes, self.limit, self.watch = (trainer, out, minutes,
+                                                                        steps, watch)
         self.shown, self.seen, self.saved = {}, (None, {}), time.time()
         self.start = self.saved - trainer.steps.spent
         self.batches = batches_of(trainer)
@@ -544,7 +557,8 @@ def go(
     "The loop; yields lines of figures."
     while (done := run.done()) < 1:
         run.step(done)
-        if run.number % log_every == 0: yield note(run, run.look() if run.number % gauge_every == 0 else {})
+        if run.number % log_every == 0:
+            yield note(run, run.look() if run.number % gauge_every == 0 else {})
         if run.out and time.time() - run.saved > save_every: run.save()
     if run.out: run.save()
     last = note(run, run.look())
@@ -566,13 +580,15 @@ def train(
     adapter=None, encoder=None, identity=None, structure=None, accelerator=None,  # see `Trainer`
     **settings,                     # fields of the recipe
 ):
-    "Train a FaceID adapter; yields figures, the last with the `adapter`, which holds the averaged weights."
+    """Train a FaceID adapter; yields figures, the last with the `adapter`, which holds the
+    averaged weights."""
     check_length(minutes, steps)
     how = replace(recipe or Recipe(), **settings)
     parts = dict(encoder=encoder, identity=identity, structure=structure, accelerator=accelerator)
     trainer = Trainer(pipe, data, how, adapter, **parts)
     try:
-        if resume and out and (file := Path(out)/'adapter.ckpt').exists(): read_steps(trainer.steps, file)
+        if resume and out and (file := Path(out)/'adapter.ckpt').exists():
+            read_steps(trainer.steps, file)
         yield from go(Run(trainer, out, minutes, steps, watch), save_every, log_every, gauge_every)
     finally: trainer.close()
 
@@ -597,12 +613,14 @@ def arguments(argv=None):
     a.add_argument('--held', type=int, default=0, help='people kept out of training, for the gauge')
     a.add_argument('--seed', type=int, default=0)
     a.add_argument('--workers', type=int, default=2)
-    a.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'], help='bf16 where that is quicker')
+    a.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'],
+                   help='bf16 where that is quicker')
     a.add_argument('--checkpointing', action='store_true', help='less memory, more time')
     return a.parse_args(argv)
 
 # %% ../nbs/train/52_train.ipynb #5a2c1d35
-FROM_COMMAND = ('rank', 'batch', 'accumulate', 'lr', 'seed', 'workers', 'mixed_precision', 'checkpointing')
+FROM_COMMAND = ('rank', 'batch', 'accumulate', 'lr', 'seed', 'workers', 'mixed_precision',
+                'checkpointing')
 
 def train_by(a):
     "Train as the command line says; yields figures."

@@ -28,7 +28,8 @@ def steps_to_others(
     u,      # (B,) numbers in 0..1 that choose
     k=1,    # so many others, in turn from the chosen one on
 ):
-    "How far on in the circle of a person's pictures others lie: (B,k); 0 where there is one picture only."
+    """How far on in the circle of a person's pictures others lie: (B,k); 0 where there is one
+    picture only."""
     n = count[:, None]
     chosen = (u[:, None]*(n - 1)).long().clamp(max=(n - 2).clamp(min=0))
     turn = (chosen + torch.arange(k, device=count.device)) % (n - 1).clamp(min=1)
@@ -38,7 +39,8 @@ def steps_to_others(
 def check_held(held, people):
     "Raise ArgumentError where nobody is left to train on."
     if 0 <= held < people: return
-    raise ArgumentError(f'{held} people are to be held out', f'there are {people}', 'Leave some to train on')
+    raise ArgumentError(f'{held} people are to be held out', f'there are {people}',
+                        'Leave some to train on')
 
 def warn_of_lonely(
     count,  # (people,) pictures of each
@@ -58,7 +60,8 @@ class Groups:
         held=0,      # so many people, the last ones, are kept out of the training
         same=False,  # True: partner is the picture itself. For showing what goes wrong
     ):
-        _, self.group, self.count = torch.as_tensor(person).unique(return_inverse=True, return_counts=True)
+        _, self.group, self.count = torch.as_tensor(person).unique(return_inverse=True,
+                                                                   return_counts=True)
         check_held(held, len(self.count))
         if not same: warn_of_lonely(self.count)
         self.same = same
@@ -75,7 +78,8 @@ class Groups:
         "Another picture of the same person, all others equally likely: (B,), or (B,several)"
         if self.same: return i if several is None else i[:, None].expand(-1, several)
         g = self.group[i]
-        step, at = steps_to_others(self.count[g], u, several or 1), (self.place[i] - self.first[g])[:, None]
+        step, at = steps_to_others(self.count[g], u,
+                                   several or 1), (self.place[i] - self.first[g])[:, None]
         j = self.order[self.first[g][:, None] + (at + step) % self.count[g][:, None]]
         return j[:, 0] if several is None else j
 
@@ -86,7 +90,8 @@ def step_generator(seed, step, what=0):
 
 @dataclass(eq=False)
 class Draws:
-    "Endless `(i, u)` for the steps of a run, each step from its own seed; what a DataLoader samples from."
+    """Endless `(i, u)` for the steps of a run, each step from its own seed; what a DataLoader
+    samples from."""
     rows: torch.Tensor  # pictures to draw from
     batch: int          # so many a step
     seed: int = 0
@@ -109,7 +114,8 @@ def check_table(
     for name in ('boxes', 'landmarks', 'rows', 'embeds', 'person', 'crops', 'scores'):
         if (part := getattr(table, name)) is not None: found[name] = len(part)
     for name, k in found.items():
-        a_latent = name in ('ids', 'boxes', 'landmarks', 'rows') or name == 'embeds' and rows is None
+        a_latent = name in ('ids', 'boxes', 'landmarks',
+                            'rows') or name == 'embeds' and rows is None
         if k == (n if a_latent else m): continue
         what = f'there are {n} latents and {m} embeddings'
         raise ArgumentError(f'{name} has {k} rows', what, 'Make them from the same pictures')
@@ -125,12 +131,14 @@ class LatentTable:
     ids: torch.Tensor               # (k,N,L) caption ids, k wordings of each
     embeds: torch.Tensor            # (M,512) face embeddings of M >= N photographs
     person: torch.Tensor            # (M,) integers
-    boxes: torch.Tensor = None      # (N,4) x0, y0, x1, y1 of the face, as parts of the picture's side (0..1)
+    # (N,4) x0, y0, x1, y1 of the face, as parts of the picture's side (0..1)
+    boxes: torch.Tensor = None
     landmarks: torch.Tensor = None  # (N,5,2) likewise; only an identity loss needs them
-    rows: torch.Tensor = None       # (N,) which of the M photographs the latents are of; None: all, in order
+    # (N,) which of the M photographs the latents are of; None: all, in order
+    rows: torch.Tensor = None
     crops: torch.Tensor = None      # (M,3,s,s) uint8 aligned faces, for Plus
     several: int = None             # Portrait: embeddings of so many other photographs
-    scores: torch.Tensor = None     # (M,k) pose and mood in numbers; only a structure loss needs them
+    scores: torch.Tensor = None  # (M,k) pose and mood in numbers; only a structure loss needs them
     held: int = 0                   # see `Groups`
     same: bool = False              # likewise
     def __post_init__(self):
@@ -153,7 +161,8 @@ def table_batch(
     i,      # (B,) photographs
     u,      # (B,2) numbers in 0..1: one chooses the partner, one the wording
 ):
-    "latents (B,C,h,w), ids (B,L), embeds of partners (B,512) or (B,several,512), own (B,512); and the rest."
+    """latents (B,C,h,w), ids (B,L), embeds of partners (B,512) or (B,several,512), own (B,512);
+    and the rest."""
     j = table.at[i]
     wording = (u[:, 1]*len(table.ids)).long().clamp(max=len(table.ids) - 1)
     partner = table.groups.partner(i, u[:, 0], table.several)
@@ -184,7 +193,8 @@ def photo_files(folder):
 
 # %% ../nbs/train/50_train_data.ipynb #5a0c1d16
 def face_of(image, reader):
-    "{embedding (512,), box (4,), landmarks (5,2)} of the face in a picture; None where there is none."
+    """{embedding (512,), box (4,), landmarks (5,2)} of the face in a picture; None where there
+    is none."""
     try: face = reader.best(image)
     except NoFaceError: return None
     parts = ('embedding', 'box', 'landmarks')
@@ -227,7 +237,8 @@ def square(
     size,  # width, height of a picture
     box,   # x0, y0, x1, y1 of the face
 ):
-    "x0, y0, x1, y1 of the largest square in the picture that has the face as near its middle as can be."
+    """x0, y0, x1, y1 of the largest square in the picture that has the face as near its middle
+    as can be."""
     side = min(size)
     start = [min(max(float(box[k] + box[k + 2])/2 - side/2, 0.), size[k] - side) for k in (0, 1)]
     return (*start, start[0] + side, start[1] + side)
@@ -238,17 +249,21 @@ def square_photograph(
     face,  # from `read_faces`
     size,  # of the square, pixels
 ):
-    "A photograph as (3,size,size) in -1..1, with box (4,) and landmarks (5,2) as parts of its side."
+    """A photograph as (3,size,size) in -1..1, with box (4,) and landmarks (5,2) as parts of its
+    side."""
     image = Image.fromarray(read_image(file))
     x0, y0, x1, y1 = cut = square(image.size, face['box'])
     small = image.resize((size, size), Image.Resampling.LANCZOS, cut)
     pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(size, size, 3)
-    def here(points): return (points.view(-1, 2) - torch.tensor([x0, y0], dtype=torch.float32))/(x1 - x0)
-    return pixels.permute(2, 0, 1)/127.5 - 1, here(face['box'][:4]).flatten(), here(face['landmarks'])
+    def here(points):
+        return (points.view(-1, 2) - torch.tensor([x0, y0], dtype=torch.float32))/(x1 - x0)
+    return (pixels.permute(2, 0, 1)/127.5 - 1, here(face['box'][:4]).flatten(),
+            here(face['landmarks']))
 
 def aligned_photograph(file, face):
     "The aligned face of a photograph: (3,224,224) uint8"
-    return torch.from_numpy(norm_crop(read_image(file), face['landmarks'].numpy(), 224)).permute(2, 0, 1)
+    return torch.from_numpy(norm_crop(read_image(file), face['landmarks'].numpy(),
+                                      224)).permute(2, 0, 1)
 
 # %% ../nbs/train/50_train_data.ipynb #5a0c1d1e
 def caption_ids(tokenizer, texts):
@@ -269,19 +284,23 @@ def with_a_face(
     files, faces,  # paths, and what `read_faces` found in them
     folder,        # where they lie, for the error
 ):
-    "Numbers of the files that show a face; warns of the others. Raises NoFaceError where there is none."
+    """Numbers of the files that show a face; warns of the others. Raises NoFaceError where there
+    is none."""
     keep = [k for k, face in enumerate(faces) if face is not None]
     if not keep:
         what = f'{len(files)} pictures in {folder}'
-        raise NoFaceError('No face was found in any photograph', what, 'Look at them: one clear face each')
+        raise NoFaceError('No face was found in any photograph', what,
+                          'Look at them: one clear face each')
     lost = [f for f, face in zip(files, faces) if face is None]
     share = f'{len(lost)} of {len(files)} photographs'
-    if lost: warnings.warn(f'{share} show no face and are left out, {lost[0].name} first', stacklevel=3)
+    if lost:
+        warnings.warn(f'{share} show no face and are left out, {lost[0].name} first', stacklevel=3)
     return keep
 
 # %% ../nbs/train/50_train_data.ipynb #81562eb8
 class PhotoFolder:
-    "Photographs of people, `folder/person/*.jpg` with optional `.txt` captions: `data[i, u]` is a batch."
+    """Photographs of people, `folder/person/*.jpg` with optional `.txt` captions: `data[i, u]`
+    is a batch."""
     def __init__(self,
         folder, tokenizer, reader,
         size=512,              # pictures are cut to this square, the face inside
@@ -294,7 +313,8 @@ class PhotoFolder:
     ):
         people = photo_files(folder)
         files = list(itertools.chain(*people.values()))
-        person = torch.repeat_interleave(torch.tensor([len(photographs) for photographs in people.values()]))
+        person = torch.repeat_interleave(torch.tensor([len(photographs)
+                                                       for photographs in people.values()]))
         faces = read_faces(files, reader, cache, progress)
         keep = with_a_face(files, faces, folder)
         self.files, self.faces, self.size = [files[k] for k in keep], [faces[k] for k in keep], size
@@ -312,9 +332,11 @@ def folder_batch(
     i,     # (B,) photographs
     u,     # (B,2) numbers in 0..1, the first chooses the partner
 ):
-    "pixels (B,3,size,size), boxes (B,4), landmarks (B,5,2), ids (B,L), embeds of partners, own, crops."
+    """pixels (B,3,size,size), boxes (B,4), landmarks (B,5,2), ids (B,L), embeds of partners,
+    own, crops."""
     shown = [(data.files[k], data.faces[k]) for k in i.tolist()]
-    pixels, boxes, landmarks = zip(*(square_photograph(file, face, data.size) for file, face in shown))
+    pixels, boxes, landmarks = zip(*(square_photograph(file, face, data.size)
+                                     for file, face in shown))
     batch = dict(
         pixels=torch.stack(pixels),
         boxes=torch.stack(boxes),
@@ -323,7 +345,8 @@ def folder_batch(
         embeds=unit(data.embeds[data.groups.partner(i, u[:, 0], data.several)]),
         own=unit(data.embeds[i]),
     )
-    if data.crops: batch['crops'] = torch.stack([aligned_photograph(file, face) for file, face in shown])
+    if data.crops:
+        batch['crops'] = torch.stack([aligned_photograph(file, face) for file, face in shown])
     return batch
 
 # %% ../nbs/train/50_train_data.ipynb #cce3f886
@@ -355,6 +378,7 @@ def encode_sdxl(
     after = end.cumsum(1) - end.long() > 0
     a = first(ids, output_hidden_states=True)
     b = second(torch.where(after, pad, ids), output_hidden_states=True)
-    told = torch.tensor([side, side, 0, 0, side, side], dtype=dtype, device=ids.device).expand(len(ids), -1)
+    told = torch.tensor([side, side, 0, 0, side, side], dtype=dtype,
+                        device=ids.device).expand(len(ids), -1)
     states = torch.cat([a.hidden_states[-2], b.hidden_states[-2]], -1).to(dtype)
     return states, dict(text_embeds=b.text_embeds.to(dtype), time_ids=told)

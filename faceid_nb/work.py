@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROWWISE', 'cut', 'Batch', 'batches', 'default_batch', 'out_of_memory', 'Parts', 'generate_cells', 'FaceMemory',
-           'read_faces', 'Scoring', 'find_scoring', 'measure_cells', 'load_once', 'load_recipe', 'make_batch', 'Pool',
-           'smaller', 'Queue', 'work_off']
+           'read_faces', 'Scoring', 'measure_cells', 'load_once', 'load_recipe', 'make_batch', 'Pool', 'smaller',
+           'Queue', 'work_off']
 
 # %% ../nbs/study/34_work.ipynb #b6cefb65
 import concurrent.futures as cf
@@ -27,7 +27,7 @@ from PIL import Image
 
 from . import models
 from .adherence import find_scorer, prompt_adherence
-from .cells import Cell, identify, identify_photo
+from .cells import identify, identify_photo
 from .errors import ArgumentError, FaceIDError
 from .face import Face
 from .faceid import PROMPT
@@ -36,7 +36,8 @@ from .measure import Judge, measure_pictures
 from .persons import Person, as_person
 
 # %% ../nbs/study/34_work.ipynb #c4e02492
-ROWWISE = ('face', 'prompt', 'negative_prompt', 'seed', 'scale', 's_scale')   # what differs from row to row
+# what differs from row to row
+ROWWISE = ('face', 'prompt', 'negative_prompt', 'seed', 'scale', 's_scale')
 
 def cut(rows, size) -> list:
     "A list in pieces of `size` at most."
@@ -68,7 +69,8 @@ def batches(
     for c in cells:
         model = c.arguments['model']
         shared = {k: v for k, v in c.arguments.items() if k not in (*ROWWISE, 'model')}
-        same = model if isinstance(model, str) else id(model), json.dumps(identify(shared), sort_keys=True)
+        same = (model if isinstance(model, str) else id(model),
+                json.dumps(identify(shared), sort_keys=True))
         groups.setdefault(same, Batch(model, shared, [])).cells.append(c)
     whole = [b._replace(cells=_side_by_side(b.cells)) for b in groups.values()]
     return list(chain.from_iterable(b.split(batch_size) for b in whole))
@@ -101,7 +103,8 @@ class Parts:
         "The next part, None at the end."
         return self.waiting.pop(0) if self.waiting else None
     def halve(self, part, too_large):
-        "Put a part back in two halves; where it was too large, nothing larger than a half is tried again."
+        """Put a part back in two halves; where it was too large, nothing larger than a half is
+        tried again."""
         half = len(part)//2
         if not half: return
         self.waiting[:0] = [part[:half], part[half:]]
@@ -126,7 +129,8 @@ def generate_cells(
     shared,   # what they share
     on_step=None,
 ):
-    "Generator of (cells, pictures or the exception, how many fit into memory): the batch whole, or in parts."
+    """Generator of (cells, pictures or the exception, how many fit into memory): the batch
+    whole, or in parts."""
     parts = Parts(cells)
     while part := parts.take():
         try: images = _generate(model, part, shared, on_step)
@@ -148,13 +152,15 @@ class FaceMemory:
     def read(self, reader, photo, which='largest'):
         "What `generate` takes for a person. Raises what the reader raises."
         if isinstance(photo, (list, tuple)): return [self.read(reader, p, which) for p in photo]
-        if isinstance(photo, (Face, Person)) or reader is None or getattr(photo, 'ndim', 0) == 1: return photo
+        if isinstance(photo, (Face, Person)) or reader is None or getattr(photo, 'ndim', 0) == 1:
+            return photo
         key = str(reader.folder), identify_photo(photo), which
         if key not in self.faces:
             if len(self.faces) >= self.most: self.faces.pop(next(iter(self.faces)))
             self.faces[key] = reader.best(photo, which)
         return self.faces[key]
 
+# %% ../nbs/study/34_work.ipynb #f613e80e
 _memory = FaceMemory()   # of this process
 
 def read_faces(
@@ -166,7 +172,9 @@ def read_faces(
     for c in cells:
         try: face = _memory.read(model.reader, c.arguments['face'], which)
         except (FaceIDError, OSError) as e: bad.append(replace(c, state='failed', error=str(e)))
-        else: good.append(replace(c, arguments=c.arguments | dict(face=face), state='waiting', error=''))
+        else:
+            good.append(replace(c, arguments=c.arguments | dict(face=face), state='waiting',
+                                error=''))
     return good, bad
 
 # %% ../nbs/study/34_work.ipynb #da9de88b
@@ -177,11 +185,6 @@ class Scoring:
     # as for `prompt_adherence`; None: by the model's kind; False: adherence is not measured
     scorer: object = None
     measure: bool = True    # False: pictures only
-
-def find_scoring(reader, judge=True):   # the studio still asks in this way
-    "(judge, its name). Where the second recogniser is missing the steering one scores; the name says so."
-    found = Judge.find(judge, reader, needed=False)
-    return (False if found.steers else found), found.name
 
 # %% ../nbs/study/34_work.ipynb #7763d24a
 def _pictured(face):
@@ -226,7 +229,8 @@ def load_once(recipe) -> tuple:  # (`FaceID`, its lock)
     with _loading: return _load(recipe)
 
 def load_recipe(model, load) -> tuple:
-    "What a worker loads for a name or a `FaceID`: the arguments of `load` as pairs. Raises ArgumentError."
+    """What a worker loads for a name or a `FaceID`: the arguments of `load` as pairs. Raises
+    ArgumentError."""
     if isinstance(model, str): given = dict(load, name=model)
     elif model.origin is not None: given = model.origin
     else:
@@ -244,6 +248,7 @@ def _finish(cells, made, seconds, device):
         elif isinstance(made, FaceIDError): c.error = str(made)
         else: c.error = f'{type(made).__name__}: {str(made)[:300]}'
 
+# %% ../nbs/study/34_work.ipynb #5590094f
 def make_batch(
     batch,           # a `Batch`
     scoring,         # a `Scoring`
@@ -252,16 +257,19 @@ def make_batch(
 ) -> tuple:  # (copies of the cells with pictures and measurements, how many fitted into memory at once)
     "Make and measure the cells of a batch. Runs in this process or in a worker."
     if threads and threads != torch.get_num_threads(): torch.set_num_threads(threads)
-    model, lock = load_once(batch.model) if isinstance(batch.model, tuple) else (batch.model, nullcontext())
+    model, lock = load_once(batch.model) if isinstance(batch.model,
+                                                       tuple) else (batch.model, nullcontext())
     with lock:
         good, done = read_faces(model, batch.cells, batch.shared.get('which', 'largest'))
         fits, began = len(batch.cells), time.perf_counter()
         for part, made, fits in generate_cells(model, good, batch.shared, on_step) if good else ():
             _finish(part, made, time.perf_counter() - began, str(model.pipe.device))
-            if scoring.measure and not isinstance(made, Exception): measure_cells(model, part, scoring)
+            if scoring.measure and not isinstance(made, Exception):
+                measure_cells(model, part, scoring)
             done += part
             began = time.perf_counter()
-    return [replace(c, arguments=None) for c in done], max(fits, 1)   # results travel back, not photographs
+    # results travel back, not photographs
+    return [replace(c, arguments=None) for c in done], max(fits, 1)
 
 # %% ../nbs/study/34_work.ipynb #ecbbf8d8
 def _portable(photo):
@@ -288,7 +296,8 @@ class Pool:
         return getattr(self.executor, '_max_workers', None)
     @property
     def threads(self):
-        "The cores that are one process's own; None where the workers are no processes of this machine."
+        """The cores that are one process's own; None where the workers are no processes of this
+        machine."""
         if not isinstance(self.executor, cf.ProcessPoolExecutor): return None
         return max(1, (os.cpu_count() or 1)//self.workers)
     def renew(self):
@@ -313,18 +322,19 @@ def _give_up(batch, error):
 class Queue:
     "Batches that wait for an executor, and those that it has."
     def __init__(self, waiting, executor, load, scoring):
-        self.waiting, self.pool, self.load, self.scoring = list(waiting), Pool(executor), load, scoring
+        self.waiting, self.pool = list(waiting), Pool(executor)
+        self.load, self.scoring = load, scoring
         self.out = {}   # future: its batch
     def __bool__(self): return bool(self.waiting or self.out)
     def give_out(self):
-        "Submit batches, until there are twice as many out as there are workers. Raises BrokenExecutor."
+        "Submit batches, until twice as many are out as there are workers. Raises BrokenExecutor."
         while self.waiting and len(self.out) < 2*(self.pool.workers or 8):
             batch = self.waiting[0]   # it waits until it is out
             work = _pack(batch, self.load), self.scoring, self.pool.threads
             future = self.pool.executor.submit(make_batch, *work)
             self.out[future] = self.waiting.pop(0)   # not before: a dead executor refuses
     def take_back(self):
-        "Generator of lists of finished cells, of what comes within half a second. Raises BrokenExecutor."
+        "Generator of lists of cells that are finished within half a second. Raises BrokenExecutor."
         ready = cf.wait(self.out, .5, cf.FIRST_COMPLETED).done
         for future in sorted(ready, key=lambda f: f.exception() is not None):   # results first
             error = future.exception()
@@ -333,7 +343,8 @@ class Queue:
             if error is None: yield self._unpack(batch, *future.result())
             elif batch.lost + 1 < _TRIES: self.waiting.append(batch._replace(lost=batch.lost + 1))
             else: yield _give_up(batch, error)
-    def _unpack(self, batch, done, fits):   # where fewer fitted than were sent, less is sent from now on
+    # where fewer fitted than were sent, less is sent from now on
+    def _unpack(self, batch, done, fits):
         if fits < len(batch.cells): self.waiting = smaller(self.waiting, fits)
         return done
 
@@ -344,7 +355,8 @@ def _revive(queue, error):
     queue.out = {}
     if queue.pool.make is None or queue.waiting[0].lost >= _TRIES:
         left = sum(len(b.cells) for b in queue.waiting)
-        raise FaceIDError('A worker process died, and its executor with it', f'{left} cells are not made',
+        raise FaceIDError('A worker process died, and its executor with it',
+                          f'{left} cells are not made',
                           'Run again: finished cells are kept. In place of an executor, a function that '
                           'makes one is called again by itself') from error
     queue.pool.renew()

@@ -19,20 +19,24 @@ import torch
 from ..adapter import FaceIDAdapter
 from ..checkpoint import read_checkpoint, save_checkpoint
 from ..errors import ArgumentError, FaceIDError, WeightsMissingError
-from ..models import TINY, load, load_pipeline
+from ..grow import grow
+from ..hub import TINY
+from ..models import load, load_pipeline
 from ..encoder import StructureEncoder
 from .evaluate import (
     HELD_OUT,  # noqa: F401 (as above)
     Probe, TinyJudge, evaluate, evaluate_base, evaluate_photos, evaluate_structure, scale_sheet, sheet,
     show_base, show_photos, show_structure, show_table)
 from .crops import align_crops, aligned
-from .lessons import lesson_goal, lesson_scores, teach_resampler, train_structure_reader
+from .lessons import (lesson_goal, lesson_scores, teach_resampler,
+                                    train_structure_reader)
 from .people import EXPRESSIONS, captions, take
 from .recognizer import Recognizer
 from ..measure import share_interval  # noqa: F401 (pages look for it here)
 from .scenes import as_tensor, correlation, read_scenes  # noqa: F401 (as above)
 from .scenes import load_reader, save_reader, train_reader
-from ..train import LatentTable, grow, line, load_base, train
+from ..train import line, load_base, train
+from ..train_data import LatentTable
 
 # %% ../../nbs/tiny/adapters.ipynb #8bf88b8d
 _MADE_BY = {   # what makes each part
@@ -48,7 +52,8 @@ def load_part(
     file = Path(folder)/name
     if file.exists(): return torch.load(file, weights_only=True, mmap=True)
     wrong = f'{name} is not in {folder}'
-    raise WeightsMissingError(wrong, 'the parts of the pack are made one after the other', _MADE_BY[name])
+    raise WeightsMissingError(wrong, 'the parts of the pack are made one after the other',
+                              _MADE_BY[name])
 
 # %% ../../nbs/tiny/adapters.ipynb #ada00006
 def word_ids(
@@ -77,7 +82,8 @@ def unsaid(
     return [mood.sub('', t) if rng.random() < share else t for t in texts]
 
 def _wordings(people, scenes, tokenizer, n, rng, person, silent=False):
-    "n wordings of every caption as ids, (n,N,L) int16; `person`: how many words about the person at most."
+    """n wordings of every caption as ids, (n,N,L) int16; `person`: how many words about the
+    person at most."""
     out = []
     for _ in range(n):
         texts = captions(people, scenes, rng, person=person)
@@ -97,7 +103,8 @@ def captioned(
     "What a base is trained on: dict of latents (N,C,h,w), ids (wordings,N,L), boxes (N,4)."
     photos, data = load_part(parts, 'photos.pt'), load_part(parts, 'latents.pt')
     rows = _latent_rows(data)
-    people, scenes = take(photos['identities'], photos['person'][rows]), take(photos['scenes'], rows)
+    people, scenes = take(photos['identities'],
+                          photos['person'][rows]), take(photos['scenes'], rows)
     ids = _wordings(people, scenes, tokenizer, wordings, random.Random(seed), 6)
     return dict(latents=data['latents'].clone(), boxes=data['boxes'], ids=ids)
 
@@ -108,7 +115,8 @@ def _checked_embeds(parts, photos):
     if isinstance(embeds, dict): embeds = embeds['embeds']
     if len(embeds) == len(photos['person']): return embeds.clone()
     there = f"there are {len(photos['person'])} photographs"
-    raise ArgumentError(f'embeds.pt holds {len(embeds)} embeddings', there, 'Embed all of photos.pt again')
+    raise ArgumentError(f'embeds.pt holds {len(embeds)} embeddings', there,
+                        'Embed all of photos.pt again')
 
 def training_table(
     parts,           # folder with photos.pt, latents.pt and embeds.pt
@@ -121,30 +129,35 @@ def training_table(
 ):
     "The `LatentTable` of the tiny pack."
     photos, data = load_part(parts, 'photos.pt'), load_part(parts, 'latents.pt')
-    embeds, rows, size = _checked_embeds(parts, photos), _latent_rows(data), photos['images'].shape[-1]
-    people, scenes = take(photos['identities'], photos['person'][rows]), take(photos['scenes'], rows)
+    embeds, rows, size = _checked_embeds(parts,
+                                         photos), _latent_rows(data), photos['images'].shape[-1]
+    people, scenes = take(photos['identities'],
+                          photos['person'][rows]), take(photos['scenes'], rows)
     ids = _wordings(people, scenes, tokenizer, wordings, random.Random(seed), 1, silent=crops)
-    return LatentTable(
-        data['latents'].clone(), ids, embeds, photos['person'], rows=rows,
-        boxes=data['boxes']/size, landmarks=photos['landmarks'][rows]/size,
-        crops=aligned(photos) if crops else None, several=several, scores=scores, held=held, same=same)
+    return LatentTable(data['latents'].clone(), ids, embeds, photos['person'], rows=rows,
+                       boxes=data['boxes']/size, landmarks=photos['landmarks'][rows]/size,
+                       crops=aligned(photos) if crops else None, several=several, scores=scores,
+                       held=held, same=same)
 
 # %% ../../nbs/tiny/adapters.ipynb #f7337d42
 SETTINGS = dict(   # of `train`, where the pack's differ
     rank=64, batch=48, lr=1e-3, weight_decay=1e-3, ema=.999, face=3., offset=.1, cap=20., warmup=50)
 
-# How much each of the `lesson_scores` counts in a structure loss: the third is the turn of the head.
+# How much each of the `lesson_scores` counts in a structure loss: the third is the turn of the
+# head.
 # Moods are learnt without it.
 TURN = (1., 1., 4., 1., .5, .5, .5, .5)
 
 def differentiable_recogniser(
     file,  # rec.pt, the torch weights behind rec.onnx
 ):
-    "function(pictures in -1..1, landmarks in pixels) -> embeddings, for an identity loss. Never the judge."
+    """function(pictures in -1..1, landmarks in pixels) -> embeddings, for an identity loss.
+    Never the judge."""
     model = Recognizer()
     model.load_state_dict(torch.load(file, weights_only=True))
     model.eval().requires_grad_(False)
-    def embed_pictures(pictures, landmarks): return model(align_crops(pictures/2 + .5, landmarks)*2 - 1)
+    def embed_pictures(pictures, landmarks):
+        return model(align_crops(pictures/2 + .5, landmarks)*2 - 1)
     return embed_pictures
 
 # %% ../../nbs/tiny/adapters.ipynb #ada00017
@@ -155,9 +168,11 @@ def start_from(
     width=None,    # of the image encoder, for plus and plusv2
     init_sd=None,  # the pipeline that `init` was trained on, where that is another
 ):
-    "The adapter of a file; where another variant, rank or base is wanted, a new one that knows as much."
+    """The adapter of a file; where another variant, rank or base is wanted, a new one that knows
+    as much."""
     known, c = FaceIDAdapter.from_file(init).to(torch.float32), read_checkpoint(init)
-    if not init_sd and (c.variant, c.num_tokens, c.lora_rank) == (variant, num_tokens, rank): return known
+    if not init_sd and (c.variant, c.num_tokens, c.lora_rank) == (variant, num_tokens, rank):
+        return known
     was = load_pipeline(init_sd).unet if init_sd else unet
     return grow(known, was, unet, variant, num_tokens, rank, clip_embeddings_dim=width or 1280)
 
@@ -187,9 +202,11 @@ class Course:
 
 # %% ../../nbs/tiny/adapters.ipynb #ada00022
 def _course_table(course, tokenizer, held):
-    "The table that a course learns from, and the scores of its lessons (None where none are asked for)."
+    """The table that a course learns from, and the scores of its lessons (None where none are
+    asked for)."""
     scores = None
-    if course.lessons or course.structure_weight: scores = lesson_scores(load_part(course.parts, 'photos.pt'))
+    if course.lessons or course.structure_weight:
+        scores = lesson_scores(load_part(course.parts, 'photos.pt'))
     wanted = scores*torch.tensor(TURN).sqrt() if course.structure_weight else None
     plus = 'plus' in course.variant
     how = dict(held=held, crops=plus, several=course.several, scores=wanted)
@@ -212,7 +229,8 @@ def train_tiny(
     parts, out,   # folder with photos.pt, latents.pt, embeds.pt and sd/; folder for what is made
     **settings,   # fields of `Course`; arguments of `train`; held=64 people kept out
 ):
-    "Generator of figures: train a tiny adapter, from nothing or from a checkpoint. Raises ArgumentError."
+    """Generator of figures: train a tiny adapter, from nothing or from a checkpoint. Raises
+    ArgumentError."""
     chosen = {f.name: settings.pop(f.name) for f in fields(Course) if f.name in settings}
     course = Course(parts, **chosen)
     course.check()
@@ -240,7 +258,8 @@ def ship(
     "Write a checkpoint as it ships: its path. Raises ArgumentError, CheckpointError."
     c = read_checkpoint(checkpoint)
     if gain != 1 and c.variant != 'plusv2':
-        raise ArgumentError('Only PlusV2 weighs the structure', f'this is {c.variant}', 'Leave gain at 1')
+        raise ArgumentError('Only PlusV2 weighs the structure', f'this is {c.variant}',
+                            'Leave gain at 1')
     net = dict(c.image_proj)
     if gain != 1:
         for k in ('weight', 'bias'):
@@ -254,7 +273,8 @@ def ship(
 # %% ../../nbs/tiny/adapters.ipynb #8760d999
 def _train_options(t):
     "What a training of the pack begins with."
-    t.add_argument('--parts', required=True, help='folder with photos.pt, latents.pt, embeds.pt and sd/')
+    t.add_argument('--parts', required=True,
+                   help='folder with photos.pt, latents.pt, embeds.pt and sd/')
     t.add_argument('--out', required=True)
     t.add_argument('--sd', help='pipeline folder; PARTS/sd by default')
     t.add_argument('--init', help='a checkpoint to go on from; of another variant, rank or base: '
@@ -268,7 +288,8 @@ def _train_options(t):
     t.add_argument('--structure-weight', type=float, default=0.,
                    help='plus, plusv2: of the loss that looks at pose and mood alone')
     t.add_argument('--recogniser', help='rec.pt: adds the identity loss')
-    t.add_argument('--pack', help='folder with models/: likeness of held-out people is measured on the way')
+    t.add_argument('--pack',
+                   help='folder with models/: likeness of held-out people is measured on the way')
 
 # %% ../../nbs/tiny/adapters.ipynb #ada00028
 def _loop_options(t):
@@ -278,7 +299,8 @@ def _loop_options(t):
     t.add_argument('--minutes', type=float)
     t.add_argument('--steps', type=int)
     t.add_argument('--resume', action='store_true')
-    for k, v in SETTINGS.items(): t.add_argument(f"--{k.replace('_', '-')}", type=type(v), default=v)
+    for k, v in SETTINGS.items():
+        t.add_argument(f"--{k.replace('_', '-')}", type=type(v), default=v)
     t.add_argument('--num-tokens', type=int, default=4)
     t.add_argument('--seed', type=int, default=0)
     t.add_argument('--identity-weight', type=float, default=.1)
@@ -386,7 +408,8 @@ def run_evaluation(
     run = dict(evaluate=evaluate, structure=evaluate_structure, photos=evaluate_photos)[what]
     show = dict(evaluate=show_table, structure=show_structure, photos=show_photos)[what]
     judge = TinyJudge.of(pack, faceid.reader)
-    table, pictures = run(faceid, judge, scenes, people, each, progress=True, **_levels(what, levels), **how)
+    table, pictures = run(faceid, judge, scenes, people, each, progress=True,
+                          **_levels(what, levels), **how)
     print(show(table), flush=True)
     name = model if what == 'evaluate' else f'{model}-{what}'
     write_table(out, name, dict(table, model=model), scale_sheet(pictures, each))
@@ -405,7 +428,8 @@ def run_training(parts, out, **settings):
     for figures in train_tiny(parts, out, **settings): print(line(figures), flush=True)
 
 def main(argv=None):
-    "`python -m faceid_nb.tiny.adapters train | ship | evaluate | structure | photos | base | reader`"
+    """`python -m faceid_nb.tiny.adapters train | ship | evaluate | structure | photos | base |
+    reader`"""
     a = vars(arguments(argv))
     what = a.pop('what')
     if 'guidance' in a:

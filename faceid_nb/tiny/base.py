@@ -86,7 +86,8 @@ def fit(
     resume=False, every=180,  # seconds between checkpoints
     log_every=100,
 ):
-    "Train `model` with AdamW and a cosine schedule; yields figures, leaves the averaged weights in `model`."
+    """Train `model` with AdamW and a cosine schedule; yields figures, leaves the averaged
+    weights in `model`."""
     run, shown = Fitting(model, lr, weight_decay, betas, ema), {}
     if resume and Path(checkpoint).exists(): read_fitting(run, checkpoint)
     seed, saved = torch.initial_seed() % 2**31, time.time()
@@ -106,7 +107,8 @@ def patch_components(
     images,  # (N,3,H,W) in -1..1
     k=LATENTS,
 ):
-    "Principal components of 4 x 4 patches: mean (48,), components (k,48), deviations (48,) in falling order."
+    """Principal components of 4 x 4 patches: mean (48,), components (k,48), deviations (48,) in
+    falling order."""
     patches = F.pixel_unshuffle(images, 4).permute(0, 2, 3, 1).reshape(-1, 48)
     mean = patches.mean(0)
     patches = patches - mean
@@ -142,7 +144,8 @@ def sort_patches(
     "Let the two downsampling convolutions sort each 4 x 4 patch into 48 channels."
     first = cleared(encoder.conv_in)
     for i in range(3): first[i, i, 1, 1] = 1
-    for block, n in ((0, 3), (1, 12)):  # a 2 x 2 neighbourhood becomes channels, as in `pixel_unshuffle`
+    # a 2 x 2 neighbourhood becomes channels, as in `pixel_unshuffle`
+    for block, n in ((0, 3), (1, 12)):
         down = cleared(encoder.down_blocks[block].downsamplers[0].conv)
         short = cleared(encoder.down_blocks[block + 1].resnets[0].conv_shortcut)
         for k in range(4*n):
@@ -201,7 +204,8 @@ def start_from_components(
     images,       # (N,3,64,64) in -1..1
     logvar=-5.5,  # log variance of the latents' noise, about 0.06 of their spread
 ):
-    "Set the encoder to the principal components of 4 x 4 patches, residual branches of both halves to zero."
+    """Set the encoder to the principal components of 4 x 4 patches, residual branches of both
+    halves to zero."""
     mean, components, sd = patch_components(images, vae.config.latent_channels)
     for name, m in vae.named_modules():
         if name.endswith('conv2'): cleared(m)
@@ -249,10 +253,12 @@ def normalise_latents(
     vae,
     images,  # (N,3,64,64) uint8
 ):
-    "Fold mean and deviation of each latent channel into the quant convolutions: latents become standard."
+    """Fold mean and deviation of each latent channel into the quant convolutions: latents become
+    standard."""
     k = vae.config.latent_channels
     p = next(vae.parameters())
-    z = torch.cat([vae.encode(i.to(p.device).float()/127.5 - 1).latent_dist.mean for i in images.split(250)])
+    z = torch.cat([vae.encode(i.to(p.device).float()/127.5 - 1).latent_dist.mean
+                   for i in images.split(250)])
     mean, sd = z.mean((0, 2, 3)), z.std((0, 2, 3))
     q, back = vae.quant_conv, vae.post_quant_conv
     back.bias.add_(back.weight[:, :, 0, 0] @ mean)
@@ -272,7 +278,8 @@ def train_autoencoder(
     torch.manual_seed(seed)
     images = photos['images']
     some = images[::max(1, len(images)//1500)].float()/127.5 - 1
-    vae = start_from_components(new_autoencoder(), some).to(device, memory_format=torch.channels_last)
+    vae = start_from_components(new_autoencoder(), some).to(device,
+                                                            memory_format=torch.channels_last)
     lesson = PictureLesson(vae, photos, batch, device)
     how = dict(lr=lr, ema=.998, weight_decay=1e-4, checkpoint=Path(out)/'vae.ckpt')
     yield from fit(vae, lesson, minutes=minutes, **how, **fit_arguments)
@@ -302,10 +309,12 @@ def joined(
 # %% ../../nbs/tiny/base.ipynb #5b0c1d25
 def neighbours(words):
     "How often each two pieces stand side by side."
-    return collections.Counter(itertools.chain.from_iterable(zip(parts, parts[1:]) for parts in words))
+    return collections.Counter(itertools.chain.from_iterable(zip(parts, parts[1:])
+                                                             for parts in words))
 
 def merges_of(words):
-    "Byte pair encoding, to the end: the most frequent pair is joined until every word is one piece."
+    """Byte pair encoding, to the end: the most frequent pair is joined until every word is one
+    piece."""
     parts, merges = {w: [*w[:-1], w[-1] + '</w>'] for w in words}, []
     while pairs := neighbours(parts.values()):
         pair = max(pairs, key=lambda p: (pairs[p], p))
@@ -369,7 +378,8 @@ def prepare(
     captions_each=2,  # different wordings of every photograph
     seed=0,
 ):
-    "What diffusion trains on: latents (N,8,16,16) float16, ids (captions_each,N,48), boxes, person."
+    """What diffusion trains on: latents (N,8,16,16) float16, ids (captions_each,N,48), boxes,
+    person."""
     rng = random.Random(seed)
     rows = drawn.take(photos['identities'], photos['person'])
     wordings = [drawn.captions(rows, photos['scenes'], rng) for _ in range(captions_each)]
@@ -395,7 +405,8 @@ class CaptionLesson:
         ids = torch.where(torch.rand(n, 1) < .1, self.empty, ids).to(device)
         question = self.asked.ask(z, torch.default_generator, data['boxes'][j].to(device)/64)
         x = question.x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device, torch.bfloat16, has_bf16(device)): said = self.predict(x, question.t, ids)
+        with torch.autocast(device, torch.bfloat16, has_bf16(device)):
+            said = self.predict(x, question.t, ids)
         return self.asked(said, question), {}
 
 def quick_on_cpu(unet, device):
@@ -411,9 +422,11 @@ def diffusion_parts(tokenizer, init=None):
     from transformers import CLIPTextModel
     if not init: return nn.ModuleDict(dict(unet=new_unet(), text=new_text_encoder(tokenizer)))
     kinds = dict(unet=(UNet2DConditionModel, 'unet'), text=(CLIPTextModel, 'text_encoder'))
-    def load(kind, part): return kind.from_pretrained(Path(init)/part, torch_dtype=torch.float32).train()
+    def load(kind, part):
+        return kind.from_pretrained(Path(init)/part, torch_dtype=torch.float32).train()
     return nn.ModuleDict({name: load(*found) for name, found in kinds.items()})
 
+# %% ../../nbs/tiny/base.ipynb #5d6b597b
 def train_diffusion(
     data,            # from `prepare`
     tokenizer, out,  # folder: `out/unet` and `out/text_encoder` are written when done
@@ -422,7 +435,8 @@ def train_diffusion(
     compiled=False,  # compile the UNet: slow to start, then about a fifth faster on two cores
     **fit_arguments,
 ):
-    "Generator of figures; trains text encoder and UNet together on captions, a tenth of them empty."
+    """Generator of figures; trains text encoder and UNet together on captions, a tenth of them
+    empty."""
     torch.manual_seed(seed)
     parts = diffusion_parts(tokenizer, init).to(device)
     unet, text = quick_on_cpu(parts['unet'], device), parts['text']
@@ -446,7 +460,8 @@ def older_tokenizer_files(
     (folder/'merges.txt').write_text('\n'.join(['#version: 0.2', *merges]) + '\n')
 
 def finish_folder(out):
-    "What a saved pipeline needs besides: older tokenizer files, and no word of where its parts came from."
+    """What a saved pipeline needs besides: older tokenizer files, and no word of where its parts
+    came from."""
     for folder in Path(out).glob('tokenizer*'): older_tokenizer_files(folder)
     for file in Path(out).glob('*/config.json'):  # diffusers notes a folder that nobody else has
         config = json.loads(file.read_text())
@@ -476,13 +491,15 @@ def ship_unet(
     folder,  # a pipeline's, or a UNet's, with safetensors inside; rewritten in place
     dtype=torch.float8_e4m3fn,
 ):
-    "Store the UNet's matrices in eight bits and one file; vectors stay as they are. Returns the file."
+    """Store the UNet's matrices in eight bits and one file; vectors stay as they are. Returns
+    the file."""
     from safetensors.torch import load_file, save_file
     folder = Path(folder)
     folder = folder/'unet' if (folder/'unet').is_dir() else folder
     old, weights = sorted(folder.glob('*.safetensors')), {}
     if not old:
-        wrong, what_to_do = f'There is no UNet in {folder.name}', 'Give the folder that save_pretrained wrote'
+        wrong, what_to_do = (f'There is no UNet in {folder.name}',
+                             'Give the folder that save_pretrained wrote')
         raise WeightsMissingError(wrong, 'no .safetensors file', what_to_do)
     for f in old: weights |= {k: v.to(dtype) if v.ndim > 1 else v for k, v in load_file(f).items()}
     part, path = folder/'unet.part', folder/'diffusion_pytorch_model.safetensors'
@@ -533,7 +550,8 @@ def fit_arguments_of(a):
     return dict(device=a.device, seed=a.seed, resume=a.resume, **given)
 
 # %% ../../nbs/tiny/base.ipynb #5b0c1d1e
-def make_photos(a): torch.save(drawn.photographs(a.people, a.each, a.seed, batch=4*a.each), a.out/'photos.pt')
+def make_photos(a):
+    torch.save(drawn.photographs(a.people, a.each, a.seed, batch=4*a.each), a.out/'photos.pt')
 def make_pipeline(a): save_pipeline(a.out, a.out/'sd')
 def ship(a): ship_unet(a.out)
 def photos_of(a): return torch.load(a.out/'photos.pt', weights_only=True, mmap=True)
@@ -542,6 +560,7 @@ def make_vae(a):
     for figures in train_autoencoder(photos_of(a), a.out, **fit_arguments_of(a)):
         print(line(figures), flush=True)
 
+# %% ../../nbs/tiny/base.ipynb #43789a77
 def make_diffusion(a):
     from diffusers import AutoencoderKL
     tokenizer, file, photos = new_tokenizer(), a.out/'latents.pt', photos_of(a)
@@ -552,10 +571,12 @@ def make_diffusion(a):
     for figures in train_diffusion(data, tokenizer, a.out, init=a.init, compiled=a.compiled, **how):
         print(line(figures), flush=True)
 
-PARTS = dict(photos=make_photos, vae=make_vae, diffusion=make_diffusion, pipeline=make_pipeline, ship=ship)
+PARTS = dict(photos=make_photos, vae=make_vae, diffusion=make_diffusion, pipeline=make_pipeline,
+             ship=ship)
 
 def main(argv=None):
-    """`python -m faceid_nb.tiny.base --part photos|vae|diffusion|pipeline|ship --out DIR`: make the parts one
+    """`python -m faceid_nb.tiny.base --part photos|vae|diffusion|pipeline|ship --out DIR`: make the
+    parts one
     after the other; `ship` halves the UNet of the pipeline in DIR."""
     a = arguments(argv)
     a.out.mkdir(parents=True, exist_ok=True)

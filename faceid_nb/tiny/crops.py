@@ -17,7 +17,8 @@ def strangers(
     n=250, each=4,  # people, photographs of each
     seed=5, size=64,
 ):
-    "People nobody trained on: images (n*each,3,size,size), landmarks, boxes; rows of one person together."
+    """People nobody trained on: images (n*each,3,size,size), landmarks, boxes; rows of one
+    person together."""
     g = torch.Generator().manual_seed(seed)
     people = take(sample_identities(n, g), torch.arange(n).repeat_interleave(each))
     scenes = sample_scenes(n*each, g)
@@ -105,6 +106,7 @@ def roughen(
     g,         # a `torch.Generator`
     steps=(soften, blocks, light, grain, grey),  # in this order
 ):
-    "Make clean drawings look like what will come: blurred, blotchy, noisy, badly lit, now and then grey."
+    """Make clean drawings look like what will come: blurred, blotchy, noisy, badly lit, now and
+    then grey."""
     for step in steps: images = step(images, g)
     return images.clamp(0, 1)

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 from .crops import roughen, strangers
-from .people import TRAINING_SEEDS, draw, draw_background, sample_identities, sample_scenes
+from .people import (TRAINING_SEEDS, draw, draw_background, sample_identities,
+                                   sample_scenes)
 from .shipping import save_onnx
-from ..train import has_bf16
+from ..hub import has_bf16
 
 # %% ../../nbs/tiny/detector.ipynb #rc000100
 # three grids, two anchors a cell: heads of 14 to 96 pixels on a canvas of 128
@@ -38,7 +39,8 @@ def shrink_matrix(
     return weight/weight.sum(1, keepdim=True).clamp(min=1e-6)
 
 def to_canvas(x):
-    "Pictures (N,3,H,W) in -1..1 -> (N,3,128,128) in 0..1, the longer side filling the canvas, black beyond."
+    """Pictures (N,3,H,W) in -1..1 -> (N,3,128,128) in 0..1, the longer side filling the canvas,
+    black beyond."""
     shape = torch._shape_as_tensor(x).to(x.device)
     longest = shape[2:].max().float()
     rows, columns = (shrink_matrix(shape[k], longest, x.device) for k in (2, 3))
@@ -70,8 +72,10 @@ def refine(
     b = field.shape[0]
     flat = points.reshape(b, -1, 5, 2).transpose(1, 2).reshape(b*5, -1, 1, 2)
     ways = field.reshape(b*5, 2, *field.shape[2:])
-    way = F.grid_sample(ways, (flat + .5)*(2/CANVAS) - 1, padding_mode='border', align_corners=False)
-    return points + 8*way[..., 0].transpose(1, 2).reshape(b, 5, -1, 2).transpose(1, 2).reshape(points.shape)
+    way = F.grid_sample(ways, (flat + .5)*(2/CANVAS) - 1, padding_mode='border',
+                        align_corners=False)
+    return points + 8*way[..., 0].transpose(1, 2).reshape(b, 5, -1,
+                                                          2).transpose(1, 2).reshape(points.shape)
 
 # %% ../../nbs/tiny/detector.ipynb #rc000104
 def _conv(i, o, stride=1): return nn.Conv2d(i, o, 3, stride, 1, bias=False)
@@ -105,24 +109,29 @@ def spread(
     score, box, mark,  # from `decode`, on the canvas
     stride, shape,     # of the cells; (N,C,H,W) of the picture as a tensor
 ):
-    "Answers for every cell of the picture as insightface reads them: (N, cells, 1), (.., 4), (.., 10)."
+    """Answers for every cell of the picture as insightface reads them: (N, cells, 1), (.., 4),
+    (.., 10)."""
     n, h, w, longest = shape[0], shape[2], shape[3], shape[2:].max()
     scale = longest.float()/CANVAS
     i, j = (torch.arange(side//stride, device=score.device) for side in (h, w))
     y, x = (i*stride).view(1, -1, 1, 1), (j*stride).view(1, 1, -1, 1)
-    def at(t): return t[:, i*CANVAS//longest][:, :, j*CANVAS//longest]  # the canvas cell behind each
+    # the canvas cell behind each
+    def at(t): return t[:, i*CANVAS//longest][:, :, j*CANVAS//longest]
     score, box, mark = at(score), at(box)*scale, at(mark)*scale
-    sides = torch.stack([x - box[..., 0], y - box[..., 1], box[..., 2] - x, box[..., 3] - y], -1)/stride
+    sides = torch.stack([x - box[..., 0], y - box[..., 1], box[..., 2] - x, box[..., 3] - y],
+                        -1)/stride
     ways = torch.stack([mark[..., 0] - x.unsqueeze(-1), mark[..., 1] - y.unsqueeze(-1)], -1)/stride
     return score.reshape(n, -1, 1), sides.reshape(n, -1, 4), ways.reshape(n, -1, 10)
 
 # %% ../../nbs/tiny/detector.ipynb #de700018
 class Detector(nn.Module):
-    "SCRFD's outputs from a fixed canvas: three grids, two anchors a cell; each a score, a box, five points."
+    """SCRFD's outputs from a fixed canvas: three grids, two anchors a cell; each a score, a box,
+    five points."""
     def __init__(self, widths=(16, 32, 64, 96, 128), neck=64):
         super().__init__()
         a, b, c, d, e = widths
-        stem = _conv(3, a, 2), nn.BatchNorm2d(a), nn.ReLU(), _conv(a, b, 2), nn.BatchNorm2d(b), nn.ReLU()
+        stem = (_conv(3, a, 2), nn.BatchNorm2d(a), nn.ReLU(), _conv(a, b, 2), nn.BatchNorm2d(b),
+                nn.ReLU())
         self.stem = nn.Sequential(*stem, Step(b, b))
         near, far = nn.Sequential(Step(b, c, 2), Step(c, c)), Step(c, d, 2)
         self.down = nn.ModuleList([near, far, nn.Sequential(Step(d, e, 2), Step(e, e))])
@@ -140,7 +149,8 @@ class Detector(nn.Module):
 
 # %% ../../nbs/tiny/detector.ipynb #de700050
 def _raw_answers(net, canvas):
-    "Canvas (B,3,128,128) in 0..1 -> for each stride (B,n,n,2,15) raw answers; and the field of `refine`."
+    """Canvas (B,3,128,128) in 0..1 -> for each stride (B,n,n,2,15) raw answers; and the field of
+    `refine`."""
     x, sides = net.stem(canvas*4 - 2), []
     near = net.near(x)
     for down, side in zip(net.down, net.side):
@@ -150,13 +160,15 @@ def _raw_answers(net, canvas):
     return out, net.fine(F.relu(near + net.wide(above))).float()
 
 def _nine_tensors(net, x):
-    "Pictures (N,3,H,W), mean 127.5, std 128 -> nine tensors (N, cells, 1 | 4 | 10) for insightface."
+    """Pictures (N,3,H,W), mean 127.5, std 128 -> nine tensors (N, cells, 1 | 4 | 10) for
+    insightface."""
     shape, scores, boxes, marks = torch._shape_as_tensor(x).to(x.device), [], [], []
     maps, field = net.maps(to_canvas(x))
     for m, stride, sizes in zip(maps, STRIDES, ANCHORS):
         score, box, mark = decode(m, stride, sizes)
         mark = refine(refine(mark, field), field)
-        for out, t in zip((scores, boxes, marks), spread(score, box, mark, stride, shape)): out.append(t)
+        for out, t in zip((scores, boxes, marks), spread(score, box, mark, stride, shape)):
+            out.append(t)
     return (*scores, *boxes, *marks)
 
 # %% ../../nbs/tiny/detector.ipynb #rc000112
@@ -174,11 +186,13 @@ def _paint_shape(image, g):
     colour = torch.where(skin, people['skin'], torch.where(hair, people['hair'], cloth))
     return torch.where(inside.unsqueeze(1), colour.view(n, 3, 1, 1), image)
 
+# %% ../../nbs/tiny/detector.ipynb #1474e254
 def empty_scenes(
     n, size,  # pictures, pixels
     g,        # a `torch.Generator`
 ):
-    "Pictures without a face, (n,3,size,size): scenes, soft noise, flat colours, with shapes on them."
+    """Pictures without a face, (n,3,size,size): scenes, soft noise, flat colours, with shapes on
+    them."""
     def some(*s): return torch.rand(*s, generator=g)
     scenes = sample_scenes(n, g)
     scenes['x'] = scenes['x'] + some(n) - .5
@@ -191,12 +205,13 @@ def empty_scenes(
     return image
 
 # %% ../../nbs/tiny/detector.ipynb #de700021
-# how much larger than the smallest head one may be, by how many there are; how far apart heads are, in half widths
+# how much larger than the smallest a head may be, by how many there are
 _WIDEST = {1: 6.6, 2: 2.2, 3: 1.6}
-_APART = {2: 1., 3: .66}
+_APART = {2: 1., 3: .66}     # from head to head, in half widths
 
 def _stand(n, among, g):
-    "Scenes for one person among `among`: anywhere, any size that fits; half of the lone as in a portrait."
+    """Scenes for one person among `among`: anywhere, any size that fits; half of the lone as in
+    a portrait."""
     scenes = sample_scenes(n, g)
     def some(): return torch.rand(n, generator=g)
     zoom = torch.exp(math.log(.22) + some()*math.log(_WIDEST[among]))
@@ -210,7 +225,8 @@ def _stand(n, among, g):
 
 # %% ../../nbs/tiny/detector.ipynb #de700052
 def crowd(n, size, g):
-    "Pictures (n,3,size,size) of none to three people, boxes (n,3,4), landmarks (n,3,5,2), who is there."
+    """Pictures (n,3,size,size) of none to three people, boxes (n,3,4), landmarks (n,3,5,2), who
+    is there."""
     image, seen = empty_scenes(n, size, g), torch.zeros(n, 3, dtype=torch.bool)
     boxes, marks = torch.zeros(n, 3, 4), torch.zeros(n, 3, 5, 2)
     empty, three, two = n//6, n//8, n//5         # and one person in the rest
@@ -221,7 +237,8 @@ def crowd(n, size, g):
             scenes = _stand(m, among, g)
             if among > 1: scenes['x'] = scenes['x'] + (k - (among - 1)/2)*_APART[among]
             people = sample_identities(m, g)
-            image[rows], marks[rows, k], boxes[rows, k] = draw(people, scenes, size, background=image[rows])
+            image[rows], marks[rows, k], boxes[rows, k] = draw(people, scenes, size,
+                                                               background=image[rows])
             seen[rows, k] = True
     return (image*255).round().byte(), boxes, marks, seen
 
@@ -240,7 +257,8 @@ def portraits(photos, n=20000):
 
 @torch.no_grad()
 def detector_pools(photos=None, seed=0, small=7000, large=3000):
-    "Pictures of 64 and 128 pixels to learn from, with as many portraits of `photos` among the small ones."
+    """Pictures of 64 and 128 pixels to learn from, with as many portraits of `photos` among the
+    small ones."""
     def drawn(n, size): return crowds(n, size, torch.Generator().manual_seed(TRAINING_SEEDS + seed))
     a, b = drawn(small, 64), drawn(large, CANVAS)
     if photos: a = tuple(torch.cat([v, w]) for v, w in zip(a, portraits(photos, len(a[0]))))
@@ -258,10 +276,13 @@ def _mirror(image, boxes, marks, seen, g):
 
 def _enlarge(n, m):
     "The matrix (m,n) of cv2's linear resize."
-    return torch.from_numpy(cv2.resize(np.eye(n, dtype=np.float32), (n, m), interpolation=cv2.INTER_LINEAR))
+    return torch.from_numpy(cv2.resize(np.eye(n, dtype=np.float32), (n, m),
+                                       interpolation=cv2.INTER_LINEAR))
 
+# %% ../../nbs/tiny/detector.ipynb #95eea560
 def detector_batch(small, large, n, g):
-    "Canvases (n,3,128,128), two thirds enlarged as insightface does it, with targets in canvas pixels."
+    """Canvases (n,3,128,128), two thirds enlarged as insightface does it, with targets in canvas
+    pixels."""
     def rows(pool, m):
         i = torch.randint(0, len(pool[0]), (m,), generator=g)
         return _mirror(*(v[i] for v in pool), g)
@@ -269,24 +290,28 @@ def detector_batch(small, large, n, g):
     a, b = rows(small, k), rows(large, n - k)
     twice = shrink_matrix(64, torch.tensor(64.))
     again = shrink_matrix(640, torch.tensor(640.)) @ _enlarge(64, 640)
-    way = torch.where(torch.rand(k, 1, 1, 1, generator=g) < .5, twice, again)  # it looks at 128 and at 640
+    # it looks at 128 and at 640
+    way = torch.where(torch.rand(k, 1, 1, 1, generator=g) < .5, twice, again)
     enlarged = way @ roughen(a[0].float()/255, g) @ way.transpose(2, 3)
     canvas = torch.cat([enlarged, roughen(b[0].float()/255, g)])
-    # insightface forgets half a pixel when it resizes; an enlarged picture is soft and a shrunk one sharp,
+    # insightface forgets half a pixel when it resizes; an enlarged picture is soft and a shrunk one
+    # sharp,
     # so that the net can learn to put it back
     boxes, marks = (torch.cat([p*2, q + .25]) for p, q in zip(a[1:3], b[1:3]))
     return canvas, boxes, marks, torch.cat([a[3], b[3]])
 
 # %% ../../nbs/tiny/detector.ipynb #rc000108
 def assign(boxes, seen, stride, sizes):
-    "Which face (B,faces,4) an anchor answers for: index, right (B,n,n,2); near, where no answer is wrong."
+    """Which face (B,faces,4) an anchor answers for: index, right (B,n,n,2); near, where no
+    answer is wrong."""
     n = CANVAS//stride
     at = cell_places(n, stride, boxes.device).view(1, 1, n, n, 1, 2)
     middle = ((boxes[..., :2] + boxes[..., 2:])/2)[:, :, None, None, None]
     size = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1.).prod(-1).sqrt()
     size = size.clamp(ANCHORS[0][0], ANCHORS[-1][-1])
-    far = (at - middle).abs().amax(-1)/stride                                                   # in cells
-    odd = (size[:, :, None, None, None]/torch.tensor(sizes, device=boxes.device)).log().abs()   # of size
+    far = (at - middle).abs().amax(-1)/stride  # in cells
+    # of size
+    odd = (size[:, :, None, None, None]/torch.tensor(sizes, device=boxes.device)).log().abs()
     far = torch.where(seen[:, :, None, None, None], far + 0*odd, 1e3)
     nearest, index = far.min(1)
     odd = odd.expand_as(far).gather(1, index.unsqueeze(1))[:, 0]
@@ -294,7 +319,8 @@ def assign(boxes, seen, stride, sizes):
 
 # %% ../../nbs/tiny/detector.ipynb #de700026
 def _grid_loss(m, stride, sizes, boxes, marks, seen):
-    "Sums over a grid: focal loss, errors of boxes and landmarks in anchor sizes, those in pixels, a count."
+    """Sums over a grid: focal loss, errors of boxes and landmarks in anchor sizes, those in
+    pixels, a count."""
     rows = torch.arange(len(boxes), device=boxes.device).view(-1, 1, 1, 1)
     index, right, near = assign(boxes, seen, stride, sizes)
     logit = m[..., 0]
@@ -309,7 +335,8 @@ def _grid_loss(m, stride, sizes, boxes, marks, seen):
 
 def detector_loss(maps, boxes, marks, seen):
     "Focal loss of scores and errors in anchor sizes, summed; mean landmark error in canvas pixels."
-    grids = [_grid_loss(m.float(), s, a, boxes, marks, seen) for m, s, a in zip(maps, STRIDES, ANCHORS)]
+    grids = [_grid_loss(m.float(), s, a, boxes, marks, seen)
+             for m, s, a in zip(maps, STRIDES, ANCHORS)]
     score, place, point, error, count = (sum(parts) for parts in zip(*grids))
     count = count.clamp(min=1)
     return (score + 2*place + 20*point)/count, error/count
@@ -328,24 +355,21 @@ class DetectorPupil:
         torch.manual_seed(seed)
         self.seed, self.device, self.rate = seed, device, rate
         self.model = Detector().to(device, memory_format=torch.channels_last)
-        self.opt = torch.optim.AdamW(self.model.parameters(), lr=rate, weight_decay=1e-3, fused=True)
-
+        learnt = self.model.parameters()
+        self.opt = torch.optim.AdamW(learnt, lr=rate, weight_decay=1e-3, fused=True)
     def load(self, state):
         "Go on from a state: the step that it had reached."
         self.model.load_state_dict(state['model'])
         self.opt.load_state_dict(state['opt'])
         return state['step']
-
     def state(self, step, steps):
         "Everything that is needed to go on."
         weights = dict(model=self.model.state_dict(), opt=self.opt.state_dict())
         return dict(part='det', step=step, steps=steps, seed=self.seed, **weights)
-
     def set_rate(self, step, steps):
         "Up in fifty steps, then down along a cosine."
         rate = self.rate*min(1, (step + 1)/50)*(.5 + .5*math.cos(math.pi*step/steps)) + 1e-5
         for group in self.opt.param_groups: group['lr'] = rate
-
     def descend(self, loss):
         self.opt.zero_grad(set_to_none=True)
         loss.backward()
@@ -369,9 +393,11 @@ def learn_detector(
         pupil.model.train()
         pupil.set_rate(step, steps)
         g = torch.Generator().manual_seed(TRAINING_SEEDS + seed*1_000_003 + step)
-        with torch.no_grad(): canvas, *targets = (v.to(device) for v in detector_batch(*pools, batch, g))
+        with torch.no_grad():
+            canvas, *targets = (v.to(device) for v in detector_batch(*pools, batch, g))
         canvas = canvas.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(kind, torch.bfloat16, has_bf16(device)): maps, field = pupil.model.maps(canvas)
+        with torch.autocast(kind, torch.bfloat16, has_bf16(device)):
+            maps, field = pupil.model.maps(canvas)
         (loss, error), close = detector_loss(maps, *targets), refine_loss(field, *targets, g)
         loss = loss + 40*close
         pupil.descend(loss)
@@ -390,10 +416,12 @@ def save_detector(model, path):
 
 # %% ../../nbs/tiny/detector.ipynb #rc000076
 def _ask(model, picture, size):
-    "The nine tensors for one picture (H,W,3) uint8, without their first axis, of a network or a session."
+    """The nine tensors for one picture (H,W,3) uint8, without their first axis, of a network or
+    a session."""
     x = cv2.resize(picture, (size, size), interpolation=cv2.INTER_LINEAR)
     x = torch.from_numpy((x.astype(np.float32) - 127.5)/128).permute(2, 0, 1)[None]
-    if hasattr(model, 'run'): return [torch.from_numpy(v)[0] for v in model.run(None, {'input': x.numpy()})]
+    if hasattr(model, 'run'):
+        return [torch.from_numpy(v)[0] for v in model.run(None, {'input': x.numpy()})]
     with torch.no_grad(): return [v[0] for v in model(x)]
 
 def _read(answer, size):
@@ -427,7 +455,8 @@ def find_faces(
     size=128,  # the side that insightface would resize to
     threshold=.5,
 ):
-    "A dictionary a picture: `score` (n,), `box` (n,4), `points` (n,5,2) in its pixels, best first; as SCRFD."
+    """A dictionary a picture: `score` (n,), `box` (n,4), `points` (n,5,2) in its pixels, best
+    first; as SCRFD."""
     out = []
     for image in images.permute(0, 2, 3, 1).numpy():
         score, box, mark = _read(_ask(model, image, size), size)
@@ -437,7 +466,8 @@ def find_faces(
 
 # %% ../../nbs/tiny/detector.ipynb #de700036
 def _score_found(found, marks):
-    "Shares of pictures found and of those with more than one face, and the landmark error in eye distances."
+    """Shares of pictures found and of those with more than one face, and the landmark error in
+    eye distances."""
     errors = []
     for f, m in zip(found, marks):
         if not len(f['score']): continue
@@ -454,4 +484,5 @@ def judge_detector(model, n=200):
         found = find_faces(model, (images*255).round().byte(), at)
         out[f'{size} px at {at}'] = _score_found(found, marks)
     empty = (empty_scenes(2*n, 64, torch.Generator().manual_seed(7))*255).round().byte()
-    return out | dict(false=sum(len(f['score']) > 0 for f in find_faces(model, empty, 128))/len(empty))
+    return out | dict(false=sum(len(f['score']) > 0
+                                for f in find_faces(model, empty, 128))/len(empty))

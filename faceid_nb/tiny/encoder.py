@@ -62,7 +62,8 @@ def encoder_batch(photos, numbers, n, g, sharp=0):
     "Crops (n,3,112,112) in 0..1 and their answers; `sharp` of them drawn afresh at 160 pixels."
     i = torch.randint(0, len(photos['person']), (n,), generator=g)
     k = n - sharp
-    person, marks, scenes = photos['person'][i], photos['landmarks'][i], drawn.take(photos['scenes'], i)
+    person, marks, scenes = (photos['person'][i], photos['landmarks'][i],
+                             drawn.take(photos['scenes'], i))
     wobble = .4*torch.randn(marks.shape, generator=g)
     crops = align_crops(photos['images'][i[:k]].float()/255, marks[:k] + wobble[:k])
     rough = torch.rand(k, 1, 1, 1, generator=g) < .5
@@ -79,7 +80,8 @@ class Reading(nn.Module):
     "Encoder and the linear layer that reads the answers from its second-to-last states."
     def __init__(self, vision, answers):
         super().__init__()
-        self.vision, self.head = StructureEncoder(vision), nn.Linear(2*vision.config.hidden_size, answers + 4)
+        self.vision, self.head = (StructureEncoder(vision),
+                                  nn.Linear(2*vision.config.hidden_size, answers + 4))
         self.encoder = vision.requires_grad_(True)
     def forward(self, crops):  # (B,3,s,s) in 0..1
         "numbers (B,n), mood (B,4) as logits"
@@ -103,7 +105,8 @@ class ReadingLesson:
         g, device = torch.Generator().manual_seed(self.seed*1_000_003 + step), self.device
         found = encoder_batch(self.photos, self.numbers, self.batch, g, self.sharp)
         crops, wanted, mood = (t.to(device) for t in found)
-        with torch.autocast(device, torch.bfloat16, has_bf16(device)): told, moods = self.model(crops)
+        with torch.autocast(device, torch.bfloat16, has_bf16(device)):
+            told, moods = self.model(crops)
         # yaw and pitch move few pixels and are what the structure is for
         importance = torch.tensor([4., 2.] + [1.]*12, device=device)
         seen = (importance*F.smooth_l1_loss(told[:, :14], wanted[:, :14], reduction='none')).mean()
@@ -135,7 +138,8 @@ def read_check(
     n=500, seed=77,   # people nobody was trained on
     size=64,
 ):
-    "How well strangers are read: share of moods, correlation of yaw, and of the person's numbers on average."
+    """How well strangers are read: share of moods, correlation of yaw, and of the person's
+    numbers on average."""
     how = dict(size=size, batch=min(n, 100), compiled=False, progress=False)
     photos = drawn.photographs(n, 1, seed=seed - drawn.TRAINING_SEEDS, **how)
     numbers, _ = known_numbers(photos['identities'])
@@ -146,7 +150,8 @@ def read_check(
     wanted, mood = answers(photos['scenes'], numbers, aligned_points(marks, marks))
     r = [float(torch.corrcoef(torch.stack([a, b]))[0, 1]) for a, b in zip(told.T, wanted.T)]
     right = float((moods.argmax(1) == mood).float().mean())
-    return dict(mood=right, yaw=r[0], pitch=r[1], points=sum(r[4:14])/10, person=sum(r[14:])/len(r[14:]))
+    return dict(mood=right, yaw=r[0], pitch=r[1], points=sum(r[4:14])/10,
+                person=sum(r[14:])/len(r[14:]))
 
 # %% ../../nbs/tiny/encoder.ipynb #9308316b
 def main(argv=None):

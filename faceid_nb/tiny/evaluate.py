@@ -23,14 +23,16 @@ from .people import EXPRESSIONS, render, sample_people, take
 from .scenes import as_tensor, correlation, questions, read_scenes
 
 # %% ../../nbs/tiny/evaluate.ipynb #4d92930d
-HELD_OUT = 4242  # seed of the people who are evaluated; below `TRAINING_SEEDS`: nobody trained on them
+# seed of the people who are evaluated; below `TRAINING_SEEDS`: nobody trained on them
+HELD_OUT = 4242
 PLAIN = dict(hat=None, glasses=0)     # how one is photographed for a reference
 
 def photographs_of(
     n,  # people
     seed=HELD_OUT, size=256,
 ):
-    "References of n people nobody trained on, and another photograph of each (64 pixels): lists of PIL."
+    """References of n people nobody trained on, and another photograph of each (64 pixels):
+    lists of PIL."""
     people = sample_people(n, seed)
     references = render(people, seed=seed + 1, size=size, **PLAIN)
     others = render(people, seed=seed + 2, size=64, hat=None)
@@ -38,7 +40,8 @@ def photographs_of(
 
 # %% ../../nbs/tiny/evaluate.ipynb #c2d07f6b
 class TinyJudge:
-    "The detector of a pack and the recogniser that took no part: embeddings of the faces in pictures."
+    """The detector of a pack and the recogniser that took no part: embeddings of the faces in
+    pictures."""
     def __init__(self,
         reader,    # a `FaceReader`, for its detector
         file,      # the judge's .onnx
@@ -48,7 +51,8 @@ class TinyJudge:
     @classmethod
     def of(cls, pack, reader=None):
         "Of a pack: a folder that holds models/tiny and models/judge."
-        return cls(reader or FaceReader('tiny', pack, 'cpu'), Path(pack)/'models'/'judge'/'rec.onnx')
+        return cls(reader or FaceReader('tiny', pack, 'cpu'),
+                   Path(pack)/'models'/'judge'/'rec.onnx')
 
     def __call__(self,
         images,  # list of PIL pictures
@@ -75,7 +79,8 @@ def likeness(
     own = torch.eye(n, dtype=torch.bool)[:, None].expand(cos.shape)
     genuine = cos[own].view(cos.shape[:2])
     impostor = cos.masked_fill(own, float('nan')).nanmean(2)
-    suspects = (torch.arange(n)[:, None] + torch.arange(min(among, n))) % n       # the right one stands first
+    # the right one stands first
+    suspects = (torch.arange(n)[:, None] + torch.arange(min(among, n))) % n
     line_up = cos.gather(2, suspects[:, None].expand(-1, cos.shape[1], -1))
     return genuine, impostor, (line_up.argmax(2) == 0) & ~genuine.isnan()
 
@@ -83,7 +88,8 @@ def likeness(
 def over_people(
     values,  # (people,) or (people, pictures); nan is left out
 ):
-    "Mean over people and half the width of its 95% interval; pictures of one person are averaged first."
+    """Mean over people and half the width of its 95% interval; pictures of one person are
+    averaged first."""
     v = np.asarray(values, np.float64)
     v = v.reshape(len(v), -1)
     mean, half, _ = mean_interval(v, np.arange(len(v))[:, None].repeat(v.shape[1], 1))
@@ -120,7 +126,8 @@ class Exam:
         self.known = self.judge(self.references)
 
     def draw(self, faces, **knobs):
-        "Every face with its own prompts and seeds: a list of pictures, `each` of a person together."
+        """Every face with its own prompts and seeds: a list of pictures, `each` of a person
+        together."""
         n = self.people*self.each
         how = dict(num_samples=1, seed=list(range(n))) | self.settings | knobs
         return self.faceid.generate([faces[k//self.each] for k in range(n)], self.texts, **how)
@@ -146,9 +153,11 @@ def evaluate(
     *, scales=(0., .25, .5, .75, 1., 1.2),
     seed=HELD_OUT, progress=False, batch_size=64, **generate,  # arguments of `FaceID.generate`
 ):
-    "Table of likeness and prompt adherence over scale, a dict for JSON, and pictures {scale: list}."
+    """Table of likeness and prompt adherence over scale, a dict for JSON, and pictures {scale:
+    list}."""
     references, others = photographs_of(people, seed)
-    exam = Exam(faceid, judge, scenes, references, others, each, seed, dict(generate, batch_size=batch_size))
+    exam = Exam(faceid, judge, scenes, references, others, each, seed,
+                dict(generate, batch_size=batch_size))
     faces = [faceid.reader.best(r) for r in references]
     table, made = start_table(exam, generate), {}
     for scale in tqdm(scales, disable=not progress, desc='scales'):
@@ -169,7 +178,8 @@ def in_words(v):
     return f'{v[0]:.2f} [{v[1]:.2f} {v[2]:.2f}]'
 
 def _lines(title, columns, rows, yardstick):
-    "`columns` is {head: (key of a row, width)}; the key `share` is the gap as part of the yardstick's."
+    """`columns` is {head: (key of a row, width)}; the key `share` is the gap as part of the
+    yardstick's."""
     out = [title, ' '.join(f'{head:>{width}}' for head, (_, width) in columns.items())]
     for row in rows:
         words = {k: in_words(v) for k, v in row.items()}
@@ -237,7 +247,8 @@ def evaluate_base(
     judge=None,     # for the detection rate
     n=256, seed=HELD_OUT, batch_size=64, **arguments,  # num_inference_steps=30, guidance_scale=7.5
 ):
-    "How often prompts are followed and faces found: a dict of shares with intervals, and the pictures."
+    """How often prompts are followed and faces found: a dict of shares with intervals, and the
+    pictures."""
     texts, wanted = questions(n, seed)
     start = time.time()
     how = dict(num_inference_steps=30, guidance_scale=7.5) | arguments
@@ -277,7 +288,8 @@ def structure_row(
     mood = share_interval(seen['expression'] == looks['expression'])
     follows = dict(yaw=correlation(seen['yaw'], looks['yaw']), mood=mood)
     asked = {k: exam.wanted[k] for k in ('shirt', 'background', 'glasses')}
-    return dict(distance=over_people(away), **follows, **score_row(exam.scores(images), seen, asked))
+    return dict(distance=over_people(away), **follows,
+                **score_row(exam.scores(images), seen, asked))
 
 # %% ../../nbs/tiny/evaluate.ipynb #e7a10052
 def evaluate_structure(
@@ -289,7 +301,8 @@ def evaluate_structure(
 ):
     "Table of likeness and structure over `s_scale`, and pictures {s_scale: list}."
     references, others = photographs_of(people, seed)
-    exam = Exam(faceid, judge, scenes, references, others, each, seed, dict(generate, batch_size=batch_size))
+    exam = Exam(faceid, judge, scenes, references, others, each, seed,
+                dict(generate, batch_size=batch_size))
     exam.texts = without_moods(exam.texts)
     faces = [faceid.reader.best(r) for r in references]
     rows = torch.arange(people).repeat_interleave(each)
@@ -307,16 +320,19 @@ def evaluate_structure(
 def show_structure(table):
     "The structure table as text."
     strangers = f"(another person's reference: {in_words(table['strangers'])})"
-    title = f'{asked(table)}distance: landmarks after alignment, in distances of the eyes {strangers}'
+    title = (
+        f'{asked(table)}distance: landmarks after alignment, in distances of the eyes {strangers}')
     columns = {'s_scale': ('s_scale', 7), 'genuine': ('genuine', 11), 'gap': ('gap', 11),
                '/ photos': ('share', 8), 'rank-1 of 16': ('rank1', 16),
                'distance': ('distance', 11), 'yaw follows': ('yaw', 18),
-               'mood follows': ('mood', 16), 'shirt': ('shirt', 16), 'background': ('background', 16)}
+               'mood follows': ('mood', 16), 'shirt': ('shirt', 16),
+               'background': ('background', 16)}
     return _lines(title, columns, table['rows'], table['photographs'])
 
 # %% ../../nbs/tiny/evaluate.ipynb #e7a10060
 def _shots(people, seed, n):
-    "n photographs of each person, and a last one for the judge alone, without hat and glasses: lists of PIL."
+    """n photographs of each person, and a last one for the judge alone, without hat and glasses:
+    lists of PIL."""
     someone = sample_people(people, seed)
     out = []
     for k in range(n + 1):
@@ -331,7 +347,8 @@ def _photos_row(exam, images):
     return dict(person=person, **score_row((genuine, impostor, right), seen, exam.wanted))
 
 def add_gain(table):
-    "Every row's gap against the first row's, person by person: the error bar is that of the difference."
+    """Every row's gap against the first row's, person by person: the error bar is that of the
+    difference."""
     first = np.array(table['rows'][0]['person'])
     for row in table['rows']: row['gain'] = over_people(np.array(row['person']) - first)
 
@@ -344,8 +361,9 @@ def evaluate_photos(
 ):
     "Table of likeness over the number of photographs, and pictures {count: list}."
     *shots, last = _shots(people, seed, max(counts))
-    exam = Exam(faceid, judge, scenes, last, shots[0], each, seed, dict(generate, batch_size=batch_size))
-    shown = [[faceid.reader.best(p) for p in photos] for photos in zip(*shots)]    # person by person
+    exam = Exam(faceid, judge, scenes, last, shots[0], each, seed,
+                dict(generate, batch_size=batch_size))
+    shown = [[faceid.reader.best(p) for p in photos] for photos in zip(*shots)]  # person by person
     join = list if faceid.adapter.variant == 'portrait' else mean_face
     table, made = start_table(exam, generate), {}
     for n in tqdm(counts, disable=not progress, desc='photographs'):
@@ -365,7 +383,8 @@ def show_photos(table):
 
 # %% ../../nbs/tiny/evaluate.ipynb #e7a10071
 class Probe:
-    "A quick look at a training: gap and rank-1 of a few people nobody was trained on, by the judge."
+    """A quick look at a training: gap and rank-1 of a few people nobody was trained on, by the
+    judge."""
     def __init__(self,
         pack,       # folder that holds models/tiny and models/judge
         people=16, steps=15, guidance_scale=5., seed=HELD_OUT + 100,

@@ -14,7 +14,7 @@ from ..align import crop_template
 from ..projection import MLPProjection
 from .people import EXPRESSIONS
 from .scenes import Descent, blur, correlation
-from ..train import has_bf16
+from ..hub import has_bf16
 
 # %% ../../nbs/tiny/lessons.ipynb #ab4b9c35
 def _as_complex(points):  # (...,5,2) -> (...,5) complex numbers around their own middle
@@ -24,9 +24,11 @@ def face_shapes(
     landmarks,  # (N,5,2)
     k=4,
 ):
-    "Landmarks without place, size and tilt, along k main directions: (N,k), each of mean 0 and variance 1."
+    """Landmarks without place, size and tilt, along k main directions: (N,k), each of mean 0 and
+    variance 1."""
     z, goal = _as_complex(landmarks), _as_complex(torch.as_tensor(crop_template(112)))
-    turn = (z.conj()*goal).sum(1)/z.abs().square().sum(1)    # the nearest similarity is one complex number
+    # the nearest similarity is one complex number
+    turn = (z.conj()*goal).sum(1)/z.abs().square().sum(1)
     x = torch.view_as_real(z*turn[:, None]).flatten(1)
     x = x - x.mean(0)
     return torch.linalg.svd(x, full_matrices=False).U[:, :k]*len(x)**.5
@@ -53,7 +55,7 @@ def lesson_goal(
     directions = torch.linalg.qr(anything).Q.T                   # (k, T*d), orthonormal
     own = .6 if net.shortcut else 1.6
     def goal(rows, embeds):
-        x = MLPProjection.forward(net, embeds)                   # (B,T,d): the identity tokens alone
+        x = MLPProjection.forward(net, embeds)  # (B,T,d): the identity tokens alone
         far = share*.6*x.flatten(1).norm(dim=1).mean()
         return own*x + (far*scores[rows] @ directions).view_as(x)
     return goal
@@ -64,7 +66,8 @@ def teach_resampler(
     encoder, goal,  # a `StructureEncoder`; from `lesson_goal`
     *, steps=400, batch=64, lr=2e-3, seed=0, log_every=50,
 ):
-    "Generator of figures: a resampler learns what to say. `error`: what is left of the goal's variance."
+    """Generator of figures: a resampler learns what to say. `error`: what is left of the goal's
+    variance."""
     net.requires_grad_(False)
     resampler = net.perceiver_resampler.requires_grad_(True)
     descent = Descent(resampler.parameters(), lr, steps, weight_decay=0)
@@ -76,19 +79,22 @@ def teach_resampler(
         states = encoder.states(encoder.normalised(b['crops']))
         loss = (net.parts(b['embeds'], states)[1] - wanted).square().mean()
         descent.step(loss)
-        if step % log_every == 0: yield dict(lesson=step, error=float(loss.detach()/wanted.var(0).mean()))
+        if step % log_every == 0:
+            yield dict(lesson=step, error=float(loss.detach()/wanted.var(0).mean()))
     net.requires_grad_(True)
 
 # %% ../../nbs/tiny/lessons.ipynb #5597e68e
 class StructureReader(nn.Module):
-    "Latents (B,C,16,16) -> scores (B,k). It takes part in training; what measures structure is another."
+    """Latents (B,C,16,16) -> scores (B,k). It takes part in training; what measures structure is
+    another."""
     def __init__(self, channels=8, k=8, widths=(64, 96, 128)):
         super().__init__()
         body, i = [], channels
         for depth, o in enumerate(widths):
             body += [*self._layer(i, o, 2 if depth else 1), *self._layer(o, o, 1)]
             i = o
-        self.body = nn.Sequential(*body, nn.Flatten(), nn.Linear(i*16, 128), nn.SiLU(), nn.Linear(128, k))
+        self.body = nn.Sequential(*body, nn.Flatten(), nn.Linear(i*16, 128), nn.SiLU(),
+                                  nn.Linear(128, k))
 
     @staticmethod
     def _layer(i, o, stride):  # (B,i,H,W) -> (B,o,H/stride,W/stride)
@@ -101,7 +107,8 @@ def vague(
     z,  # (B,C,h,w) latents
     g,  # a `torch.Generator`
 ):
-    "Latents as an estimate under noise has them: blurred, paler, with errors; every row its own amount."
+    """Latents as an estimate under noise has them: blurred, paler, with errors; every row its
+    own amount."""
     def some(): return torch.rand(len(z), 1, 1, 1, generator=g)
     for _ in range(3):
         amount = some()*(some() < .5)
@@ -123,7 +130,8 @@ def train_structure_reader(
     table,  # a `LatentTable` with scores
     steps=1000, batch=128, lr=2e-3, seed=0, log_every=200,
 ):
-    "Generator of figures: agreement on people held out, clear and vague latents; the last has `reader`."
+    """Generator of figures: agreement on people held out, clear and vague latents; the last has
+    `reader`."""
     torch.manual_seed(seed)
     g = torch.Generator().manual_seed(seed)
     reader = StructureReader(table.latents.shape[1], table.scores.shape[1])
@@ -140,4 +148,5 @@ def train_structure_reader(
         clear = agreement_with(reader, latents(held), table.scores[held])
         dim = agreement_with(reader, vague(latents(held), g), table.scores[held])
         if step == steps: reader.requires_grad_(False)
-        yield dict(reader_step=step, error=float(loss.detach()), clear=clear, vague=dim, reader=reader)
+        yield dict(reader_step=step, error=float(loss.detach()), clear=clear, vague=dim,
+                   reader=reader)

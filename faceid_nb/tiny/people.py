@@ -21,9 +21,10 @@ COLOURS = dict(
     red=(.82, .12, .12), blue=(.14, .28, .80), green=(.15, .58, .22), yellow=(.94, .82, .15),
     white=(.94, .94, .94), black=(.10, .10, .12), purple=(.52, .20, .64), orange=(.95, .50, .10),
     pink=(.96, .56, .72), gray=(.50, .50, .53))
-SCENES = ('beach', 'night', 'sunset')                           # backgrounds that are more than a colour
+SCENES = ('beach', 'night', 'sunset')  # backgrounds that are more than a colour
 EXPRESSIONS = ('neutral', 'smiling', 'surprised', 'frowning')
-HAIR_STYLES = ('bald', 'short hair', 'parted hair', 'fringe', 'long hair', 'curly hair', 'bun', 'bob')
+HAIR_STYLES = ('bald', 'short hair', 'parted hair', 'fringe', 'long hair', 'curly hair', 'bun',
+               'bob')
 BALD, SHORT, PARTED, FRINGE, LONG, CURLY, BUN, BOB = range(8)
 HAIR_COLOURS = dict(
     black=(.10, .08, .08), brown=(.30, .18, .10), chestnut=(.48, .27, .12), ginger=(.74, .34, .10),
@@ -71,7 +72,8 @@ def _normal(n, g, k=None):
 
 def _some(n, g): return torch.rand(n, generator=g)
 
-def _choice(probabilities, n, g): return torch.multinomial(torch.tensor(probabilities), n, True, generator=g)
+def _choice(probabilities, n, g):
+    return torch.multinomial(torch.tensor(probabilities), n, True, generator=g)
 
 # %% ../../nbs/tiny/people.ipynb #a9843432
 def _sample_skin(p, n, g):
@@ -126,7 +128,8 @@ def _sample_pose(n, g):
                 x=.025*_normal(n, g), y=-.02 + .025*_normal(n, g), zoom=1 + .035*_normal(n, g))
 
 def _sample_wear(n, g):
-    "Glasses, a hat, colours of shirt, hat and background, and which scene it is (0: a plain colour)."
+    """Glasses, a hat, colours of shirt, hat and background, and which scene it is (0: a plain
+    colour)."""
     def colours(): return torch.randint(0, len(COLOURS), (n,), generator=g)
     s = dict(glasses=(_some(n, g) < .25).float(), hat=(_some(n, g) < .12).float())
     s |= dict(shirt=colours(), hat_colour=colours(), background=colours())
@@ -155,19 +158,22 @@ def _rgb(*c): return torch.tensor(c).view(1, 3, 1, 1)
 
 # %% ../../nbs/tiny/people.ipynb #eb4071e9
 class _Head:
-    "Pixel grid -> head coordinates x, y and surface coordinates u, v of the turned head; with a way back."
+    """Pixel grid -> head coordinates x, y and surface coordinates u, v of the turned head; with
+    a way back."""
     def __init__(self, identities, scenes, size):
         self.identities, self.scenes, self.size = identities, scenes, size
         axis = (torch.arange(size, device=scenes['yaw'].device) + .5)/size*2 - 1
         self.X, self.Y, zoom = axis.view(1, 1, -1), axis.view(1, -1, 1), self.S('zoom')
-        self.bx, self.by = (self.X - self.S('x'))/zoom, (self.Y - self.S('y'))/zoom   # the body does not roll
+        # the body does not roll
+        self.bx, self.by = (self.X - self.S('x'))/zoom, (self.Y - self.S('y'))/zoom
         self.cr, self.sr = self.S('roll').cos(), self.S('roll').sin()
         self.x, self.y = self.cr*self.bx + self.sr*self.by, -self.sr*self.bx + self.cr*self.by
         self.px = 2./size/zoom
         self.fw, self.fh = self.P('face_width'), self.P('face_height')
         self.cy, self.sy = self.S('yaw').cos(), self.S('yaw').sin()
         self.cp, self.sp = self.S('pitch').cos(), self.S('pitch').sin()
-        self.skin, self.hair, self.eyes = (identities[k].view(-1, 3, 1, 1) for k in ('skin', 'hair', 'eyes'))
+        self.skin, self.hair, self.eyes = (identities[k].view(-1, 3, 1, 1)
+                                           for k in ('skin', 'hair', 'eyes'))
         _lay_surface(self)
 
     def P(self, k): return self.identities[k].view(-1, 1, 1)
@@ -209,7 +215,8 @@ def _scenery(c, full):
     "Beach, night and sunset, (1,3,H,W) each."
     t = (c.Y*.5 + .5) + full
     def fade(top, bottom): return _rgb(*top) + (_rgb(*bottom) - _rgb(*top))*t.unsqueeze(1)
-    beach = _paint(fade((.45, .72, .95), (.85, .93, .98)), _coverage(-c.Y + full, .06), _rgb(.10, .45, .72))
+    beach = _paint(fade((.45, .72, .95), (.85, .93, .98)), _coverage(-c.Y + full, .06),
+                   _rgb(.10, .45, .72))
     beach = _paint(beach, _coverage(.30 - c.Y + full, .06), _rgb(.92, .82, .56))
     moon = ((c.X + .74)**2 + (c.Y + .70)**2).sqrt() - .15
     night = fade((.04, .05, .16), (.18, .18, .40))
@@ -255,7 +262,8 @@ def _body(c, image, s):
     shirt = torch.tensor(list(COLOURS.values()))[s['shirt']].view(-1, 3, 1, 1)
     neck = torch.maximum(x.abs() - c.fw*.44, -y)
     image = _paint(image, c.alpha(neck), c.skin*(.74 + .10*x*lx).unsqueeze(1))
-    shoulders = torch.maximum(.70 + .30*x.abs()**2.4 - y + .06*(1 - (x/.22)**2).clamp(0), x.abs() - .92)
+    shoulders = torch.maximum(.70 + .30*x.abs()**2.4 - y + .06*(1 - (x/.22)**2).clamp(0),
+                              x.abs() - .92)
     light = .94 + .16*x*lx - .22*(x.abs() - .5).clamp(0)
     return _paint(image, c.alpha(shoulders), shirt*light.unsqueeze(1))
 
@@ -275,7 +283,8 @@ def _whiskers(c, face):
     dark = c.hair*(.66*c.shade + .14).unsqueeze(1)
     blush = torch.exp(-(((u.abs() - .30)/.11)**2 + ((v - .19)/.08)**2))
     face = _paint(face, .42*c.P('blush')*blush*c.front, c.skin*_rgb(1.05, .58, .56))
-    chin = c.alpha(.30 - .30*u.abs() - v, 3.)*(1 - c.alpha(_ellipse(u, v - my, mw*1.12, .10)*.1, 1.5))
+    chin = c.alpha(.30 - .30*u.abs() - v,
+                   3.)*(1 - c.alpha(_ellipse(u, v - my, mw*1.12, .10)*.1, 1.5))
     sides = c.alpha(.08 - v, 3.)*c.alpha(c.fw*.72 - u.abs(), 2.)
     face = _paint(face, c.P('beard')*torch.maximum(chin, sides)*c.front, dark)
     moustache = c.alpha(_ellipse(u, v - my + .085 + .35*u**2, mw*1.0, .036)*.04)
@@ -285,7 +294,8 @@ def _whiskers(c, face):
 
 # %% ../../nbs/tiny/people.ipynb #9e0b0020
 def _eyeball(c, face, side, place, mood):
-    "White, iris, pupil, catch-light and lid of one eye; `place` is where each pixel lies within it."
+    """White, iris, pupil, catch-light and lid of one eye; `place` is where each pixel lies
+    within it."""
     p, q = place
     ew, r = c.P('eye_width'), c.P('iris')
     eh = c.P('eye_height')*(1 + .28*mood.surprised - .16*mood.smiling - .20*mood.frowning)
@@ -323,11 +333,13 @@ def _eyes(c, face, mood):
 def _mood(c):
     "How much of each expression there is."
     expression = c.S('expression')
-    return SimpleNamespace(**{e: (expression == k)*c.S('intensity') for k, e in enumerate(EXPRESSIONS)})
+    return SimpleNamespace(**{e: (expression == k)*c.S('intensity')
+                              for k, e in enumerate(EXPRESSIONS)})
 
 # %% ../../nbs/tiny/people.ipynb #318d0712
 def _nose(c, face):
-    "A lit ridge, a tip that stands off the face and a shadow beneath; returns the tip for the landmarks."
+    """A lit ridge, a tip that stands off the face and a shadow beneath; returns the tip for the
+    landmarks."""
     w, zero = c.P('nose_width'), torch.zeros_like(c.fw)
     x0, y0 = _project(c, zero, c.P('eye_y') + .03, 1.03)
     x1, y1 = _project(c, zero, c.P('eye_y') + c.P('nose_length'), 1.22)
@@ -358,7 +370,8 @@ def _mouth(c, face, mood):
     face = _paint(face, c.alpha(outer)*c.front, lips)
     teeth, dark = _rgb(.98, .98, .96), _rgb(.22, .05, .06)
     hole = torch.where((mood.smiling > 0).unsqueeze(1), teeth, dark)
-    return _paint(face, c.alpha(inner)*c.front, hole), (w, c.P('mouth_y') + .015*mood.surprised - bend*.55)
+    return (_paint(face, c.alpha(inner)*c.front, hole),
+            (w, c.P('mouth_y') + .015*mood.surprised - bend*.55))
 
 # %% ../../nbs/tiny/people.ipynb #9e0b0027
 def _hairline(c, ua):
@@ -395,7 +408,8 @@ def _glasses(c, image):
     for side in (-1, 1):
         x, y = _project(c, side*c.P('eye_x'), c.P('eye_y'), 1.06)
         centres.append((x, y))
-        lines = torch.maximum(lines, c.alpha(_ellipse(c.x - x, c.y - y, .215*c.cy, .185).abs()*.19 - .024))
+        lines = torch.maximum(lines,
+                              c.alpha(_ellipse(c.x - x, c.y - y, .215*c.cy, .185).abs()*.19 - .024))
     (x1, y1), (x2, y2) = centres
     bridge = c.alpha((c.y - (y1 + y2)/2 + .03).abs() - .022)*(c.x > x1 + .19)*(c.x < x2 - .19)
     sides = c.alpha((c.y - y1).abs() - .022)*((c.x < x1 - .20) | (c.x > x2 + .20))*(c.outline < .01)
@@ -426,13 +440,15 @@ def _boxes(identities, scenes, size):
     w, h = identities['face_width'], identities['face_height']
     return torch.stack([x - .92*z*w, y - .62*z*h, x + .92*z*w, y + .92*z*h], -1)*half + half
 
+# %% ../../nbs/tiny/people.ipynb #2482d36a
 def draw(
     identities,       # dict of (B,...) tensors, from `sample_identities`
     scenes,           # dict of (B,) tensors, from `sample_scenes`
     size=64,          # pixels along a side
     background=None,  # (B,3,size,size) pictures to paint the people on instead of the scene's own background
 ):
-    "Images (B,3,size,size) in 0..1, landmarks (B,5,2) in insightface's order and boxes (B,4) in pixels."
+    """Images (B,3,size,size) in 0..1, landmarks (B,5,2) in insightface's order and boxes (B,4)
+    in pixels."""
     c = _Head(identities, scenes, size)
     mood = _mood(c)
     image = _background(c, scenes) if background is None else background
@@ -456,7 +472,8 @@ def _person_words(p, i):
     "All that could be said of person `i`, strongest words first come first served."
     style, hair = int(p['style'][i]), list(HAIR_COLOURS)[int(p['hair_colour'][i])]
     skin, iris = list(SKINS)[int(p['tone'][i] + .5)], list(IRISES)[int(p['eye_colour'][i])]
-    words = ['bald' if style == BALD else f'{hair} {HAIR_STYLES[style]}', f'{skin} skin', f'{iris} eyes']
+    words = ['bald' if style == BALD else f'{hair} {HAIR_STYLES[style]}', f'{skin} skin',
+             f'{iris} eyes']
     if p['beard'][i] > 0: words.append(f'{hair} beard')
     if p['moustache'][i] > 0: words.append('moustache')
     if p['mole'][i] > 0: words.append('mole')
@@ -495,7 +512,8 @@ def captions(
     keep=.9,     # chance that a word about the scene stays
     person=6,    # how many words about the person at most (with `rng`)
 ) -> list:  # B strings
-    "One caption for each row, such as `photo of a woman in a red shirt, smiling, beach background`."
+    """One caption for each row, such as `photo of a woman in a red shirt, smiling, beach
+    background`."""
     out = []
     for i in range(len(scenes['yaw'])):
         shirt, words = _scene_words(scenes, i)
@@ -506,9 +524,10 @@ def captions(
 # %% ../../nbs/tiny/people.ipynb #9e0b0033
 def vocabulary() -> list:  # sorted words
     "Every word that a caption can hold."
-    words = set('photo of a the man woman person face portrait in with and shirt background wearing glasses '
-                'hat skin eyes beard moustache mole red lips narrow wide face square jaw pointed chin round '
-                'close set thin thick brows sad stern small big nose mouth full'.split())
+    words = set(
+        'photo of a the man woman person face portrait in with and shirt background wearing glasses '
+        'hat skin eyes beard moustache mole red lips narrow wide face square jaw pointed chin round '
+        'close set thin thick brows sad stern small big nose mouth full'.split())
     for group in (COLOURS, SCENES, EXPRESSIONS, HAIR_STYLES, HAIR_COLOURS, SKINS, IRISES):
         for name in group: words |= set(name.split())
     return sorted(words)
@@ -548,11 +567,13 @@ def sample_people(
 def _index(names, value, what):
     "Where a word stands. Raises ArgumentError."
     if value in names: return list(names).index(value)
-    raise ArgumentError(f'Unknown {what}', f'{value!r} was given', f"Choose one of {', '.join(names)}")
+    raise ArgumentError(f'Unknown {what}', f'{value!r} was given',
+                        f"Choose one of {', '.join(names)}")
 
 def _as_scene_value(key, value):
     "A word or number of the public arguments -> the scene's own columns."
-    if key == 'expression' and isinstance(value, str): return {key: _index(EXPRESSIONS, value, 'expression')}
+    if key == 'expression' and isinstance(value, str):
+        return {key: _index(EXPRESSIONS, value, 'expression')}
     if key == 'expression': return {key: value}
     if key == 'shirt': return {key: _index(COLOURS, value, 'shirt colour')}
     if key == 'background':
@@ -584,6 +605,7 @@ def _fixed_scenes(n, seed, fixed):
     for key, value in fixed.items(): _fix(scenes, key, value)
     return scenes
 
+# %% ../../nbs/tiny/people.ipynb #a7a5b973
 def render(
     people,   # a list of `Person`
     *,
@@ -597,12 +619,14 @@ def render(
     s = _fixed_scenes(len(people), seed, scene)
     if not people: return []
     p = {k: torch.cat([person.numbers[k] for person in people]) for k in people[0].numbers}
-    few = torch.arange(len(people)).split(max(1, 2**18//size**2))     # as many as stay in a processor's cache
+    # as many as stay in a processor's cache
+    few = torch.arange(len(people)).split(max(1, 2**18//size**2))
     with torch.no_grad(): drawn = [draw(take(p, k), take(s, k), size) for k in few]
     images, landmarks, boxes = map(torch.cat, zip(*drawn))
     pixels = (images*255).round().byte().permute(0, 2, 3, 1).numpy()
     rows = zip(pixels, landmarks.numpy(), boxes.numpy(), captions(p, s))
-    return [Photo(Image.fromarray(image), marks, box, caption) for image, marks, box, caption in rows]
+    return [Photo(Image.fromarray(image), marks, box, caption)
+            for image, marks, box, caption in rows]
 
 # %% ../../nbs/tiny/people.ipynb #0c9baa60
 def photographs(
@@ -626,5 +650,6 @@ def photographs(
             images, landmarks, boxes = f(take(p, person[i:i + batch]), s, size)
             out.append(((images*255).round().byte(), landmarks, boxes, s))
     *columns, scenes = zip(*out)
-    table = dict(zip(('images', 'landmarks', 'boxes'), map(torch.cat, columns)), person=person, identities=p)
+    table = dict(zip(('images', 'landmarks', 'boxes'), map(torch.cat, columns)), person=person,
+                 identities=p)
     return table | dict(scenes={k: torch.cat([s[k] for s in scenes]) for k in scenes[0]})

@@ -21,7 +21,7 @@ from .crops import (
 from .detector import detector_pools, judge_detector, learn_detector, save_detector
 from .people import draw, photographs, sample_scenes, take
 from .shipping import follow, save_onnx, seconds_a_step
-from ..train import has_bf16
+from ..hub import has_bf16
 
 # %% ../../nbs/tiny/recognizer.ipynb #rc000020
 ZOOM = 1.075  # a little closer than the template asks: drawn faces leave it a margin
@@ -33,7 +33,8 @@ def _halving(middle, like):
     return (1 - (at[:, None] - axis).abs()).clamp(min=0).view(56, 2, 112).mean(1).to(like.dtype)
 
 def halve(crops):
-    "Crops (B,3,112,112) -> (B,3,56,56); those of 56 come through as they are: a training halves once."
+    """Crops (B,3,112,112) -> (B,3,56,56); those of 56 come through as they are: a training
+    halves once."""
     if crops.shape[-1] != 112: return crops
     x, y = TEMPLATE.mean(0).tolist()
     return _halving(y, crops) @ crops @ _halving(x, crops).T
@@ -42,13 +43,15 @@ def halve(crops):
 def _conv(i, o, k=3, stride=1): return nn.Conv2d(i, o, k, stride, k//2, bias=False)
 
 class Residual(nn.Module):
-    "The block of ArcFace's ResNet, with ReLU for PReLU: normalise, convolve, normalise, ReLU, and again."
+    """The block of ArcFace's ResNet, with ReLU for PReLU: normalise, convolve, normalise, ReLU,
+    and again."""
     def __init__(self, i, o, stride):
         super().__init__()
         first = nn.BatchNorm2d(i), _conv(i, o, stride=stride), nn.BatchNorm2d(o), nn.ReLU()
         self.body = nn.Sequential(*first, _conv(o, o), nn.BatchNorm2d(o))
         self.skip = nn.Identity()
-        if i != o or stride != 1: self.skip = nn.Sequential(_conv(i, o, 1, stride), nn.BatchNorm2d(o))
+        if i != o or stride != 1:
+            self.skip = nn.Sequential(_conv(i, o, 1, stride), nn.BatchNorm2d(o))
 
     def forward(self, x): return self.body(x) + self.skip(x)  # (B,i,H,W) -> (B,o,H/stride,W/stride)
 
@@ -58,7 +61,8 @@ class Recognizer(nn.Module):
         super().__init__()
         a, b, c, d = widths
         stem = _conv(3, a, stride=2), nn.BatchNorm2d(a), nn.ReLU()
-        blocks = [Residual(*k) for k in ((a, a, 1), (a, b, 2), (b, b, 1), (b, c, 2), (c, c, 1), (c, d, 2))]
+        blocks = [Residual(*k) for k in ((a, a, 1), (a, b, 2), (b, b, 1), (b, c, 2), (c, c, 1),
+                                         (c, d, 2))]
         self.features = nn.Sequential(*stem, *blocks, nn.BatchNorm2d(d))
         last = nn.Linear(d*16, 512, bias=False), nn.BatchNorm1d(512, affine=False)
         self.out = nn.Sequential(nn.Flatten(), *last)
@@ -66,19 +70,22 @@ class Recognizer(nn.Module):
     def forward(self, x): return self.out(self.features(halve(x)))
 
 # %% ../../nbs/tiny/recognizer.ipynb #rc000024
-def _block(i, o, stride=1): return nn.Sequential(_conv(i, o, stride=stride), nn.BatchNorm2d(o), nn.ReLU())
+def _block(i, o, stride=1):
+    return nn.Sequential(_conv(i, o, stride=stride), nn.BatchNorm2d(o), nn.ReLU())
 
 def _gate(k):
     "(B,k,H,W) -> (B,k,1,1) in 0..1: what the whole face says of each channel."
     squeeze = nn.AdaptiveAvgPool2d(1), nn.Conv2d(k, k//4, 1), nn.ReLU()
     return nn.Sequential(*squeeze, nn.Conv2d(k//4, k, 1), nn.Sigmoid())
 
+# %% ../../nbs/tiny/recognizer.ipynb #36715126
 class JudgeNetwork(nn.Module):
-    "A second opinion: patches of 4 pixels, plain convolutions with gated channels, a weighted pooling."
+    """A second opinion: patches of 4 pixels, plain convolutions with gated channels, a weighted
+    pooling."""
     def __init__(self, width=96):
         super().__init__()
         w = width
-        patches = nn.Conv2d(3, w//2, 4, 2, 1, bias=False)                                   # 28 x 28
+        patches = nn.Conv2d(3, w//2, 4, 2, 1, bias=False)  # 28 x 28
         self.stem = nn.Sequential(patches, nn.BatchNorm2d(w//2), nn.ReLU())
         self.stages = nn.ModuleList([
             nn.Sequential(_block(w//2, w//2), _block(w//2, w, 2), _block(w, w)),            # 14 x 14
@@ -105,7 +112,8 @@ def margin_loss(
     scale=24.,     # of the cosines: how sharp the softmax is
     kind='cosine', # or 'angle'
 ):
-    "CosFace (`cos - margin`) or ArcFace (`cos(angle + margin)`): loss, and share nearest to the own centre."
+    """CosFace (`cos - margin`) or ArcFace (`cos(angle + margin)`): loss, and share nearest to
+    the own centre."""
     cosines = F.normalize(embeddings.float(), dim=1) @ F.normalize(centres.float(), dim=1).T
     rows = torch.arange(len(person), device=person.device)
     own = cosines[rows, person]
@@ -119,24 +127,29 @@ def margin_loss(
 # %% ../../nbs/tiny/recognizer.ipynb #rc000040
 def _wobble(marks, size, jitter, g):
     "Landmarks (n,5,2) as a detector places them: each a little off, and all of a face together."
-    each, together = torch.randn(marks.shape, generator=g), torch.randn(len(marks), 1, 2, generator=g)
+    each, together = torch.randn(marks.shape,
+                                 generator=g), torch.randn(len(marks), 1, 2, generator=g)
     return marks + size*(jitter*each + .5*jitter*together)
 
 def crop_batch(photos, people, n, g, jitter=.3, sharp=None):
-    "`n` crops (n,3,56,56) in 0..1 and their row of `people`; `sharp` draws a sixteenth afresh at 128 pixels."
+    """`n` crops (n,3,56,56) in 0..1 and their row of `people`; `sharp` draws a sixteenth afresh
+    at 128 pixels."""
     each = len(photos['person'])//(int(photos['person'][-1]) + 1)
     person = torch.randint(0, len(people), (n,), generator=g)
     k = n//16 if sharp else 0
     rows = people[person[:n - k]]*each + torch.randint(0, each, (n - k,), generator=g)
-    crops = align_crops(photos['images'][rows].float()/255, _wobble(photos['landmarks'][rows], 1., jitter, g))
+    crops = align_crops(photos['images'][rows].float()/255,
+                        _wobble(photos['landmarks'][rows], 1., jitter, g))
     if k:
-        images, marks, _ = sharp(take(photos['identities'], people[person[n - k:]]), sample_scenes(k, g), 128)
+        images, marks, _ = sharp(take(photos['identities'], people[person[n - k:]]),
+                                 sample_scenes(k, g), 128)
         crops = torch.cat([crops, align_crops(images, _wobble(marks, 2., jitter, g))])
     return halve(crops), person
 
 # %% ../../nbs/tiny/recognizer.ipynb #rc000042
 def known_numbers(identities):
-    "What the renderer knows of each person, standardised (people, numbers), and the hair style: hints."
+    """What the renderer knows of each person, standardised (people, numbers), and the hair
+    style: hints."""
     names = [k for k in identities if k not in ('style', 'hair_colour', 'eye_colour')]
     columns = [identities[k].float().view(len(identities[k]), -1) for k in names]
     numbers = torch.cat(columns, 1)
@@ -160,7 +173,8 @@ def people_for(part, photos):
 
 # %% ../../nbs/tiny/recognizer.ipynb #rc000045
 class FacePupil:
-    "A recogniser that learns: network, centres of its people, the layer that tells their numbers, optimizer."
+    """A recogniser that learns: network, centres of its people, the layer that tells their
+    numbers, optimizer."""
     def __init__(self, photos, part, seed=0, device='cpu', rate=(2e-3, 8e-3)):
         torch.manual_seed(seed)
         self.part, self.seed, self.device, self.rate = part, seed, device, rate
@@ -174,7 +188,8 @@ class FacePupil:
 
     def state(self, step, steps):
         "Everything that is needed to go on."
-        about = dict(part=self.part, step=step, steps=steps, seed=self.seed, centres=self.centres.data)
+        about = dict(part=self.part, step=step, steps=steps, seed=self.seed,
+                     centres=self.centres.data)
         return about | {k: getattr(self, k).state_dict() for k in ('model', 'tell', 'opt')}
 
     def load(self, state):
@@ -204,7 +219,8 @@ def face_losses(
     device, loss = pupil.device, PARTS[pupil.part]['loss']
     crops, person = crops.to(device, memory_format=torch.channels_last), person.to(device)
     bf16 = has_bf16(device)
-    with torch.autocast(torch.device(device).type, torch.bfloat16, bf16): embeddings = pupil.model(crops)
+    with torch.autocast(torch.device(device).type, torch.bfloat16, bf16):
+        embeddings = pupil.model(crops)
     margin = loss['margin']*min(1, t/.3)  # a full margin from the start finds no way in
     loss, right = margin_loss(embeddings, pupil.centres, person, **loss | dict(margin=margin))
     told, who = pupil.tell(embeddings.float()), pupil.people[person.cpu()]
@@ -222,7 +238,8 @@ def learn_faces(
     sharp=None,       # `draw`, or a compiled one, for crops of larger pictures
     rate=(2e-3, 8e-3),
 ):
-    "Generator: after every step `dict(step, loss, right, gauge, state, model)`; `state()` is to go on from."
+    """Generator: after every step `dict(step, loss, right, gauge, state, model)`; `state()` is
+    to go on from."""
     pupil = FacePupil(photos, part, seed, device, rate)
     start = pupil.load(state) if state else 0
     for step in range(start, steps):
@@ -238,7 +255,8 @@ def learn_faces(
         nn.utils.clip_grad_norm_(pupil.model.parameters(), 5.)
         pupil.opt.step()
         gauge = f'right {float(right):.3f}, numbers {float(numbers.detach()):.3f}'
-        report = dict(step=step + 1, loss=loss.detach(), right=right, gauge=gauge, model=pupil.model)
+        report = dict(step=step + 1, loss=loss.detach(), right=right, gauge=gauge,
+                      model=pupil.model)
         yield report | dict(state=partial(pupil.state, step + 1, steps))
 
 # %% ../../nbs/tiny/recognizer.ipynb #rc000050
@@ -272,7 +290,8 @@ def verification(
     embeddings,  # (people, photographs, 512)
     far=1e-3,    # false accept rate: the share of strangers let in
 ) -> dict:
-    "Cosines of one person (`genuine`) and of two (`impostor`), `threshold` for `far`, share above it `tar`."
+    """Cosines of one person (`genuine`) and of two (`impostor`), `threshold` for `far`, share
+    above it `tar`."""
     e = F.normalize(embeddings.float(), dim=-1)
     n, k = e.shape[:2]
     i, j = torch.triu_indices(k, k, 1)
@@ -285,7 +304,8 @@ def verification(
 # %% ../../nbs/tiny/recognizer.ipynb #rc000061
 def save_recognizer(model, path):
     "The ONNX file that insightface loads as an ArcFace. Returns the path."
-    return save_onnx(model, path, (2, 3, 112, 112), ['embedding'], dict(input={0: 'N'}, embedding={0: 'N'}))
+    return save_onnx(model, path, (2, 3, 112, 112), ['embedding'],
+                     dict(input={0: 'N'}, embedding={0: 'N'}))
 
 # %% ../../nbs/tiny/recognizer.ipynb #rc000074
 def judge_faces(model, n=250, each=4):
@@ -303,9 +323,11 @@ SEEDS = dict(rec=1, judge=2, det=3)
 def arguments(argv=None):
     "The command line."
     a = argparse.ArgumentParser(prog='python -m faceid_nb.tiny.recognizer',
-                                description='Train a part of the tiny face pack and write its ONNX file.')
+                                description='Train a part of the tiny face pack and write its ONNX '
+                                'file.')
     a.add_argument('--part', choices=['rec', 'judge', 'det'], required=True)
-    a.add_argument('--out', required=True, help='folder for the ONNX file, the weights and the checkpoint')
+    a.add_argument('--out', required=True,
+                   help='folder for the ONNX file, the weights and the checkpoint')
     a.add_argument('--minutes', type=float, default=5.)
     a.add_argument('--steps', type=int, help='instead of minutes: exactly repeatable')
     a.add_argument('--resume', action='store_true', help='go on from the checkpoint in OUT')
@@ -333,7 +355,8 @@ def finish(part, model, out, began):
     "Write weights and ONNX file, say how large they are and how good."
     model = model.cpu().eval()
     torch.save(model.state_dict(), out/f'{part}.pt')
-    save, judged = (save_detector, judge_detector) if part == 'det' else (save_recognizer, judge_faces)
+    save, judged = (save_detector,
+                    judge_detector) if part == 'det' else (save_recognizer, judge_faces)
     path = save(model, out/f'{part}.onnx')
     minutes, millions = (time.time() - began)/60, sum(p.numel() for p in model.parameters())/1e6
     size = path.stat().st_size/1e6

@@ -39,7 +39,8 @@ def read_colours(
 
 # %% ../../nbs/tiny/scenes.ipynb #bac6306a
 class SceneReader(nn.Module):
-    "Pictures (B,3,64,64) in 0..1 -> expression (B,4) and glasses (B,1) as logits, yaw (B,1) in radians."
+    """Pictures (B,3,64,64) in 0..1 -> expression (B,4) and glasses (B,1) as logits, yaw (B,1) in
+    radians."""
     def __init__(self, widths=(16, 32, 64, 96)):
         super().__init__()
         halvings = map(self._halve, (3, *widths[:-1]), widths)
@@ -104,21 +105,24 @@ def examine(
     photos,  # a table from `people.photographs`
     rows,    # which of them to ask about
 ):
-    "Shares of right answers about expression and glasses, and the correlation of the yaw: dict of floats."
+    """Shares of right answers about expression and glasses, and the correlation of the yaw: dict
+    of floats."""
     parts = [reader(photos['images'][k].float()/255) for k in rows.split(250)]
     expression, glasses, yaw = (torch.cat(answers) for answers in zip(*parts))
     true = take(photos['scenes'], rows)
     mood = expression.argmax(1) == true['expression']
     worn = (glasses[:, 0] > 0) == (true['glasses'] > 0)
     turn = torch.corrcoef(torch.stack([yaw[:, 0], true['yaw']]))[0, 1]
-    return dict(expression=float(mood.float().mean()), glasses=float(worn.float().mean()), yaw=float(turn))
+    return dict(expression=float(mood.float().mean()), glasses=float(worn.float().mean()),
+                yaw=float(turn))
 
 # %% ../../nbs/tiny/scenes.ipynb #5ce00038
 def train_reader(
     photos,  # a table from `people.photographs`; the last 2000, or a fifth where that is less, are held out
     steps=1500, batch=128, lr=3e-3, seed=0,
 ):
-    "Generator of figures; the last holds the trained `reader` and how often it is right on photos held out."
+    """Generator of figures; the last holds the trained `reader` and how often it is right on
+    photos held out."""
     torch.manual_seed(seed)
     g = torch.Generator().manual_seed(seed)
     reader = SceneReader().to(memory_format=torch.channels_last)
@@ -127,7 +131,8 @@ def train_reader(
     learned = n - min(2000, n//5)
     for step in range(1, steps + 1):
         rows = torch.randint(learned, (batch,), generator=g)
-        images = smear(photos['images'][rows].float()/255, g).contiguous(memory_format=torch.channels_last)
+        images = smear(photos['images'][rows].float()/255,
+                       g).contiguous(memory_format=torch.channels_last)
         loss = reader_loss(reader(images), take(photos['scenes'], rows))
         descent.step(loss)
         if step % 100 == 0: yield dict(step=step, loss=float(loss.detach()))
@@ -158,7 +163,8 @@ def read_scenes(
     images,   # (N,3,64,64) in 0..1
     reader,   # a `SceneReader`
 ):
-    "What is to be seen: dict of (N,) shirt, background, expression (indices), glasses (0 or 1), yaw."
+    """What is to be seen: dict of (N,) shirt, background, expression (indices), glasses (0 or
+    1), yaw."""
     shirt, background = read_colours(images)
     expression, glasses, yaw = reader(images)
     mood, worn = expression.argmax(1), (glasses[:, 0] > 0).long()
@@ -175,7 +181,8 @@ def questions(
     for i in range(n):
         shirt, background = rng.choice(colours), rng.choice(colours)
         mood, glasses = i % 4, int(i//4 % 4 == i % 4)   # no mood has more glasses than another
-        words = [f'photo of a person in a {shirt} shirt', EXPRESSIONS[mood], f'{background} background']
+        words = [f'photo of a person in a {shirt} shirt', EXPRESSIONS[mood],
+                 f'{background} background']
         texts.append(', '.join(words + ['wearing glasses']*glasses))
         answers.append((colours.index(shirt), colours.index(background), mood, glasses))
     columns = map(torch.tensor, zip(*answers))

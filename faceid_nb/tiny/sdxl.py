@@ -24,7 +24,8 @@ from ..train_data import caption_ids, encode_sdxl
 def some_captions(n=200, seed=0):
     "Captions of drawn people."
     g = torch.Generator().manual_seed(seed)
-    return drawn.captions(drawn.sample_identities(n, g), drawn.sample_scenes(n, g), random.Random(seed))
+    return drawn.captions(drawn.sample_identities(n, g), drawn.sample_scenes(n, g),
+                          random.Random(seed))
 
 # %% ../../nbs/tiny/sdxl.ipynb #5b1c1d02
 def longer_encoder(text):
@@ -36,12 +37,14 @@ def longer_encoder(text):
     encoder.load_state_dict(text.state_dict(), strict=False)
     return encoder
 
+# %% ../../nbs/tiny/sdxl.ipynb #2e1659a2
 def first_encoder(
     text,     # the CLIPTextModel of the small Stable Diffusion
     ids,      # (n, L) of captions to learn on
     steps=400, batch=32, lr=2e-3, log_every=100,
 ):
-    "Generator of figures; last the `encoder`, whose second-to-last states are what `text` says at its end."
+    """Generator of figures; last the `encoder`, whose second-to-last states are what `text` says
+    at its end."""
     encoder = longer_encoder(text)
     opt = torch.optim.AdamW(encoder.parameters(), lr=lr, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps)
@@ -53,7 +56,8 @@ def first_encoder(
         loss.backward()
         opt.step()
         schedule.step()
-        if step % log_every == 0: yield dict(step=step, error=float(loss.detach()/said.square().mean())**.5)
+        if step % log_every == 0:
+            yield dict(step=step, error=float(loss.detach()/said.square().mean())**.5)
     yield dict(encoder=encoder.eval())
 
 # %% ../../nbs/tiny/sdxl.ipynb #197f021a
@@ -180,7 +184,8 @@ def main(argv=None):
     a.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     a = a.parse_args(argv)
     sd = load_pipeline(a.sd)
-    data, how = captioned(a.parts, sd.tokenizer), dict(device=a.device, seed=a.seed, resume=a.resume)
+    data, how = captioned(a.parts, sd.tokenizer), dict(device=a.device, seed=a.seed,
+                                                       resume=a.resume)
     for figures in train_sdxl(data, sd, a.parts, a.minutes, lr=a.lr, **how):
         if 'parts' not in figures: print(line(figures), flush=True)
     save_sdxl(figures['parts'], load_pipeline(a.sd), a.out)

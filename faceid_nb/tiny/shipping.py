@@ -23,7 +23,8 @@ def _log(report, steps, seconds):
     "A line about one step."
     gauge = report.get('gauge') or f"right {float(report['right']):.3f}"
     step, loss = report['step'], float(report['loss'])
-    print(f'step {step}/{steps}  loss {loss:.3f}  {gauge}  {seconds:.3f} seconds a step', flush=True)
+    print(f'step {step}/{steps}  loss {loss:.3f}  {gauge}  {seconds:.3f} seconds a step',
+          flush=True)
 
 # %% ../../nbs/tiny/shipping.ipynb #5b1b0021
 def follow(
@@ -34,13 +35,15 @@ def follow(
     every=50,    # steps between log lines
     keep=60.,    # seconds between checkpoints
 ):
-    "Run a training to its end: progress, log lines, checkpoints, also when stopped. Returns the last report."
+    """Run a training to its end: progress, log lines, checkpoints, also when stopped. Returns
+    the last report."""
     began = saved = time.time()
     report = None
     try:
         for report in tqdm(training, total=steps, initial=start, disable=None, mininterval=5):
             step = report['step']
-            if step % every == 0 or step == steps: _log(report, steps, (time.time() - began)/(step - start))
+            if step % every == 0 or step == steps:
+                _log(report, steps, (time.time() - began)/(step - start))
             if time.time() - saved > keep:
                 save_state(report['state'](), path)
                 saved = time.time()
@@ -73,7 +76,8 @@ def _rewrite(path, model, kept, nodes):
     return part.replace(path)
 
 def halve_weights(path):
-    "Store the large weights of a file as float16; they are cast when the file is loaded. Returns the path."
+    """Store the large weights of a file as float16; they are cast when the file is loaded.
+    Returns the path."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
     path = Path(path)
@@ -96,28 +100,34 @@ def save_onnx(
     names,   # output names
     axes,    # dynamic axes, as `torch.onnx.export` takes them
 ):
-    "Write ONNX with large weights stored as float16: half the size, float32 arithmetic. Returns the path."
+    """Write ONNX with large weights stored as float16: half the size, float32 arithmetic.
+    Returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     example = torch.rand(shape)*2 - 1
-    how = dict(input_names=['input'], output_names=names, dynamic_axes=axes, opset_version=17, dynamo=False)
+    how = dict(input_names=['input'], output_names=names, dynamic_axes=axes, opset_version=17,
+               dynamo=False)
     torch.onnx.export(model.eval().float().cpu(), (example,), str(path), **how)
     return halve_weights(path)
 
 # %% ../../nbs/tiny/shipping.ipynb #f957e996
 def _whole(a, name):
-    "A weight as int8 with one step a row: two initializers, and two nodes that multiply them out again."
+    """A weight as int8 with one step a row: two initializers, and two nodes that multiply them
+    out again."""
     from onnx import TensorProto, helper, numpy_helper
     step = np.abs(a).max(axis=tuple(range(1, a.ndim)), keepdims=True)/127
     step[step == 0] = 1
     whole = numpy_helper.from_array(np.rint(a/step).astype(np.int8), name + '_whole')
     steps = numpy_helper.from_array(step.astype(np.float32), name + '_step')
-    cast = helper.make_node('Cast', [name + '_whole'], [name + '_cast'], f'cast_{name}', to=TensorProto.FLOAT)
+    cast = helper.make_node('Cast', [name + '_whole'], [name + '_cast'], f'cast_{name}',
+                            to=TensorProto.FLOAT)
     scale = helper.make_node('Mul', [name + '_cast', name + '_step'], [name], f'scale_{name}')
     return [whole, steps], [cast, scale]
 
+# %% ../../nbs/tiny/shipping.ipynb #38fd0604
 def ship_onnx(path):
-    "Store the large weights of a file of `save_onnx` as int8, with one step a row. Returns the path."
+    """Store the large weights of a file of `save_onnx` as int8, with one step a row. Returns the
+    path."""
     import onnx
     from onnx import numpy_helper
     path = Path(path)

@@ -4,7 +4,7 @@ import torch
 
 import helpers_pack as P
 from faceid_nb.tiny import people as drawn
-from faceid_nb.train import caption_ids
+from faceid_nb.train_data import caption_ids
 
 
 def drawn_photos(n=48):

@@ -1,6 +1,7 @@
 "The doctor: what is here, what is missing, and a look that falls over is a finding."
 import pytest
 from faceid_nb import doctor
+from faceid_nb.errors import PackMissingError
 from helpers_cli import run
 
 
@@ -9,6 +10,13 @@ def test_the_doctor_finds_what_is_missing(monkeypatch, tmp_path, capsys):
     assert run('doctor') == 1
     out = capsys.readouterr().out
     for words in ('missing tiny pack', '-> ', 'Python 3.', 'non-commercial'): assert words in out
+
+
+def test_a_broken_face_pack_is_found(monkeypatch):
+    def check_pack(name): raise PackMissingError('broken', 'half of it', 'install it')
+    monkeypatch.setattr('faceid_nb.packs.check_pack', check_pack)
+    findings = list(doctor.look_at_tiny())
+    assert [f.state for f in findings] == ['missing'] and findings[0].what == 'tiny pack: models/tiny'
 
 
 def test_the_doctor_is_content(capsys):

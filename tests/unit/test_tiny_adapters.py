@@ -10,12 +10,12 @@ from helpers_tiny import drawn_photos, write_parts
 from faceid_nb.adapter import FaceIDAdapter
 from faceid_nb.checkpoint import read_checkpoint
 from faceid_nb.errors import ArgumentError, WeightsMissingError
-from faceid_nb.models import TINY
+from faceid_nb.hub import TINY
 from faceid_nb.tiny import adapters as A
 from faceid_nb.tiny import people as drawn
 from faceid_nb.tiny.base import new_tokenizer
 from faceid_nb.tiny.crops import aligned
-from faceid_nb.train import LatentTable, caption_ids
+from faceid_nb.train_data import LatentTable, caption_ids
 
 SMALL = dict(batch=4, held=2, mixed_precision='no')
 

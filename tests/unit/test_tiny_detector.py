@@ -4,7 +4,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from faceid_nb.models import TINY
+from faceid_nb.hub import TINY
 from faceid_nb.tiny import detector, shipping
 
 

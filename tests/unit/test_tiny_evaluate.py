@@ -13,7 +13,8 @@ from helpers_tiny import MiddleReader, drawn_photos, write_parts
 from faceid_nb.adapter import FaceIDAdapter
 from faceid_nb.faceid import FaceID
 from faceid_nb.measure import mean_interval, share_interval
-from faceid_nb.models import TINY, load
+from faceid_nb.hub import TINY
+from faceid_nb.models import load
 from faceid_nb.tiny import evaluate as V
 from faceid_nb.tiny import people as drawn
 from faceid_nb.tiny.adapters import training_table

@@ -2,7 +2,7 @@
 import torch
 from faceid_nb.tiny import lessons as L
 from faceid_nb.tiny.scenes import correlation
-from faceid_nb.train import LatentTable
+from faceid_nb.train_data import LatentTable
 
 
 def test_a_structure_reader_reads_latents():
