@@ -502,7 +502,8 @@ class Condition:
         self.size = tuple(sample.shape[-2:])
     def keep(self, path, w): self.maps.setdefault(path, []).append(w[self.reads])
     def attention_maps(self, size, layers=None, steps=slice(None)):
-        "Recorded attention, (rows, T, *size), sums to 1 over T; `layers` are paths, `size` is (h, w)."
+        """Recorded attention, (rows, T, *size), sums to 1 over T; `layers` are paths, `size` is
+        (h, w)."""
         return mean_maps(self.maps, self.size, size, layers, steps)
 
 # %% ../nbs/method/07_adapter.ipynb #da69e220

@@ -323,7 +323,8 @@ class Shelf:
         places = ', '.join('?'*len(row))
         with self.db: self.db.execute(f'INSERT OR REPLACE INTO cells VALUES ({places})', row)
     def table(self, keys=None):
-        "A DataFrame of these cells in this order, or of all by their place in a grid; `image` is a path."
+        """A DataFrame of these cells in this order, or of all by their place in a grid; `image`
+        is a path."""
         rows = self._rows()
         if keys is not None: rows = {k: rows[k] for k in keys if k in rows}
         out = _as_table(rows.values(), self.folder)

@@ -254,7 +254,7 @@ def list_failures(cells, varies, prompts):
 
 def write_table(out) -> Path:
     "Everything that the folder holds, as table.csv."
-    from faceid_nb.sweep import read_table
+    from faceid_nb.cells import read_table
     table = read_table(out)
     table['image'] = [None if f is None else f.relative_to(out).as_posix() for f in table.image]
     with atomic(Path(out)/'table.csv') as part: table.to_csv(part, index=False)

@@ -11,19 +11,24 @@ __all__ = ['FaceIDError', 'ArgumentError', 'GuidanceError', 'ImageError', 'NoFac
 class FaceIDError(Exception):
     "Base of all errors that `faceid_nb` raises on purpose."
     exit_code = 1  # what the command line returns: 2 for bad input, 1 for the rest
+
     def __init__(self,
         wrong,     # what was wrong, one sentence
         found='',  # what was found instead
         do='',     # what the reader can do about it
     ):
         self.wrong, self.found, self.do = wrong, found, do
-        super().__init__(' '.join(str(part).strip().rstrip('.') + '.' for part in (wrong, found, do) if part))
-    def __reduce__(self): return type(self), (self.wrong, self.found, self.do)  # keeps its parts across processes
+        parts = [str(part).strip().rstrip('.') + '.' for part in (wrong, found, do) if part]
+        super().__init__(' '.join(parts))
+
+    def __reduce__(self):  # keeps its parts across processes
+        return type(self), (self.wrong, self.found, self.do)
 
 # %% ../nbs/method/00_errors.ipynb #0f011a76
 class ArgumentError(FaceIDError, ValueError):
     "An argument is out of range, of the wrong shape, or contradicts another."
     exit_code = 2
+
 class GuidanceError(ArgumentError):
     "A batch is laid out in a way of guidance that the adapter does not know."
 
@@ -31,10 +36,13 @@ class GuidanceError(ArgumentError):
 class ImageError(FaceIDError, ValueError):
     "A source is missing, is not a picture, or cannot be decoded."
     exit_code = 2
+
 class NoFaceError(ImageError):
     "A picture in which no face was found."
+
 class FaceChoiceError(ImageError, IndexError):
     "Several faces and no way to choose one, or a choice that does not exist."
+
 class LandmarksError(ImageError):
     "Five landmarks that do not determine a similarity transform."
 
@@ -42,12 +50,16 @@ class LandmarksError(ImageError):
 class CheckpointError(FaceIDError, ValueError):
     "A checkpoint that cannot be used: broken, incomplete or not a checkpoint at all."
     exit_code = 2
+
 class UnsafeCheckpointError(CheckpointError):
     "A pickle that would run code when loaded."
+
 class VariantError(CheckpointError):
-    "A checkpoint of another FaceID variant than the one asked for, or one that cannot be told apart."
+    "A checkpoint of another FaceID variant than asked for, or one that cannot be told apart."
+
 class BaseModelError(CheckpointError):
     "A checkpoint for another base model: its widths do not fit the UNet."
+
 class LoRAError(CheckpointError):
     "A LoRA of another rank, another layout or another model."
 
@@ -55,5 +67,6 @@ class LoRAError(CheckpointError):
 class WeightsMissingError(FaceIDError, FileNotFoundError):
     "Weights that are not on this machine."
     def __str__(self): return Exception.__str__(self)  # OSError would print an errno
+
 class PackMissingError(WeightsMissingError):
     "A face pack (detector and recogniser) that is missing or incomplete."

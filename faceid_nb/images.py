@@ -16,93 +16,183 @@ from PIL import Image, ImageOps
 
 from .errors import ImageError
 
+# %% ../nbs/ground/73_images.ipynb #b29495fe
+BRIGHTNESS = 'Integers from 0 to 255 or 65535 and floats from 0 to 1 or 255 are understood'
+
+def check_brightness(values, name):
+    "Raise ImageError for numbers that are no brightness."
+    if values.dtype.kind not in 'uif':
+        raise ImageError(f'{name} holds no brightness values', f'dtype {values.dtype}', BRIGHTNESS)
+    bad = int((~np.isfinite(values)).sum())
+    if bad:
+        found = f'in {bad} of {values.size} values'
+        raise ImageError(f'{name} holds NaN or infinity', found, BRIGHTNESS)
+
+def white_of(values):
+    "The number that stands for white: 1 or 255 for floats, 255 or 65535 for integers."
+    high = values.max()
+    if values.dtype.kind == 'f': return 1. if high <= 1 else 255.
+    return 255. if high <= 255 else 65535.
+
 # %% ../nbs/ground/73_images.ipynb #40fd7438
-def _to_bytes(values, name):
-    "Numbers of any type -> uint8: integers up to 255 as they are, up to 65535 as 16 bit; floats in 0..1 or 0..255."
+def to_bytes(
+    values,  # array of any type
+    name,    # of the picture, for errors
+):           # uint8, the same shape
+    "Brightness as 8 bits. Raises ImageError."
     if values.dtype == np.uint8: return values
     if values.dtype == bool: return values.astype(np.uint8)*255
-    do = 'Integers from 0 to 255 or 65535 and floats from 0 to 1 or 255 are understood'
-    if values.dtype.kind not in 'uif': raise ImageError(f'{name} holds no brightness values', f'dtype {values.dtype}', do)
-    if not np.isfinite(values).all(): raise ImageError(f'{name} holds NaN or infinity', f'in {int((~np.isfinite(values)).sum())} of {values.size} values', do)
-    low, high = float(values.min()), float(values.max())
-    full = (1. if high <= 1 else 255.) if values.dtype.kind == 'f' else (255. if high <= 255 else 65535.)
-    if low < 0 or high > full: raise ImageError(f'{name} has values out of range', f'{low:g} to {high:g}', do)
-    return np.rint(values*(255./full)).astype(np.uint8)
+    check_brightness(values, name)
+    low, high, white = float(values.min()), float(values.max()), white_of(values)
+    if low < 0 or high > white:
+        raise ImageError(f'{name} has values out of range', f'{low:g} to {high:g}', BRIGHTNESS)
+    return np.rint(values*(255./white)).astype(np.uint8)
+
+# %% ../nbs/ground/73_images.ipynb #ce87f5e3
+def check_shape(a, name):
+    "Raise ImageError for an array (H, W, channels) that is no picture."
+    if a.ndim == 3 and a.shape[-1] in (1, 2, 3, 4) and a.size: return
+    channels_first = a.ndim == 3 and a.shape[0] in (1, 3, 4) and a.size
+    do = 'Give (H, W), (H, W, 3) or (H, W, 4)'
+    if channels_first: do = 'Channels come last: use transpose(1, 2, 0)'
+    raise ImageError(f'{name} is not a picture', f'shape {a.shape}', do)
+
+def on_white(colour, alpha):
+    "Lay transparent colour (uint8) on white."
+    if alpha.min() == 255: return colour
+    return np.rint((colour*alpha.astype(np.float32) + 255.*(255 - alpha))/255).astype(np.uint8)
 
 # %% ../nbs/ground/73_images.ipynb #211177c6
-def _to_rgb(values, name):
-    "(H,W) or (H,W,1..4) of any type -> uint8 (H,W,3); transparency is laid on white."
+def to_rgb(
+    values,  # (H, W) or (H, W, 1 to 4) of any type
+    name,    # of the picture, for errors
+):           # uint8 (H, W, 3)
+    "Any array as a picture, a copy: the caller may draw on it. Raises ImageError."
     a = np.asarray(values)
     if a.ndim == 2: a = a[..., None]
-    if a.ndim != 3 or a.shape[-1] not in (1, 2, 3, 4) or not a.size:
-        hint = 'Channels come last: use transpose(1, 2, 0)' if a.ndim == 3 and a.shape[0] in (1, 3, 4) and a.size else 'Give (H, W), (H, W, 3) or (H, W, 4)'
-        raise ImageError(f'{name} is not a picture', f'shape {a.shape}', hint)
-    a = _to_bytes(a, name)
-    colour, alpha = (a[..., :-1], a[..., -1:]) if a.shape[-1] in (2, 4) else (a, None)
-    if alpha is not None and alpha.min() < 255:
-        colour = np.rint((colour*alpha.astype(np.float32) + 255.*(255 - alpha))/255).astype(np.uint8)
-    return np.array(np.broadcast_to(colour, (*a.shape[:2], 3)), order='C')  # a copy: the caller may draw on it
+    check_shape(a, name)
+    colour = to_bytes(a, name)
+    if a.shape[-1] in (2, 4): colour = on_white(colour[..., :-1], colour[..., -1:])
+    return np.array(np.broadcast_to(colour, (*a.shape[:2], 3)), order='C')
 
-def _from_pil(image, name):
-    "A PIL picture in any mode, turned upright as its EXIF tag says -> uint8 (H,W,3)."
+# %% ../nbs/ground/73_images.ipynb #21a88d3f
+PLAIN_MODES = ('1', 'L', 'LA', 'RGB', 'RGBA', 'I', 'F')
+
+def plain_mode(image):
+    "A PIL picture in a mode that numpy reads as brightness."
+    if image.mode in PLAIN_MODES or image.mode.startswith('I;16'): return image
+    if image.mode in ('La', 'RGBa'): return image.convert(image.mode.upper())
+    see_through = image.mode == 'PA' or (image.mode == 'P' and 'transparency' in image.info)
+    return image.convert('RGBA' if see_through else 'RGB')
+
+def from_pil(image, name):  # -> uint8 (H, W, 3)
+    "A PIL picture in any mode, turned upright as its EXIF tag says."
     image.load()
-    with contextlib.suppress(Exception): image = ImageOps.exif_transpose(image)  # a broken tag is no reason to refuse a picture
-    if image.mode in ('P', 'PA'): image = image.convert('RGBA' if 'transparency' in image.info or image.mode == 'PA' else 'RGB')
-    elif image.mode in ('La', 'RGBa'): image = image.convert(image.mode.upper())
-    elif image.mode not in ('1', 'L', 'LA', 'RGB', 'RGBA', 'I', 'F') and not image.mode.startswith('I;16'): image = image.convert('RGB')
-    return _to_rgb(np.asarray(image), name)
+    with contextlib.suppress(Exception): image = ImageOps.exif_transpose(image)
+    return to_rgb(np.asarray(plain_mode(image)), name)
 
-# %% ../nbs/ground/73_images.ipynb #ad8e55d6
-def _what_is(head):
+# %% ../nbs/ground/73_images.ipynb #6286fabe
+KNOWN = (  # how a file begins, in small letters, and what it then is
+    ((b'<!doctype', b'<html'),
+     'it is an HTML page, perhaps the answer of a server instead of the picture'),
+    ((b'version https://git-lfs',),
+     'it is a git-lfs pointer: the picture itself was not downloaded (git lfs pull)'),
+    ((b'%pdf',), 'it is a PDF'),
+    ((b'\x80\x02', b'\x80\x04', b'pk\x03\x04'), 'it looks like a checkpoint or an archive'),
+    ((b'<svg', b'<?xml'), 'it is SVG or XML, not pixels'))
+
+def what_is(head):
     "What the first bytes of a file look like."
-    low = head[:256].lstrip().lower()
     if not head: return 'it is empty (0 bytes)'
-    if low.startswith((b'<!doctype', b'<html')): return 'it is an HTML page, perhaps the answer of a server instead of the picture'
-    if low.startswith(b'version https://git-lfs'): return 'it is a git-lfs pointer: the picture itself was not downloaded (git lfs pull)'
-    if head[4:8] == b'ftyp': return f"it is a {head[8:12].decode('latin1').strip()} container (HEIC, AVIF or video), which this Pillow does not read"
-    if head.startswith(b'%PDF'): return 'it is a PDF'
-    if head.startswith((b'\x80\x02', b'\x80\x04', b'PK\x03\x04')): return 'it looks like a checkpoint or an archive'
-    if low.startswith(b'<svg') or low.startswith(b'<?xml'): return 'it is SVG or XML, not pixels'
+    if head[4:8] == b'ftyp':
+        kind = head[8:12].decode('latin1').strip()
+        return f'it is a {kind} container (HEIC, AVIF or video), which this Pillow does not read'
+    for beginnings, meaning in KNOWN:
+        if head.lstrip().lower().startswith(beginnings): return meaning
     return 'it begins with ' + repr(head[:12])[2:-1]
 
-def _decode(data, name):
-    "The bytes of a picture file -> uint8 (H,W,3), or an error that says what is wrong with them."
-    do = 'Use a JPEG, PNG, WebP, TIFF or BMP file'
-    try: image = Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError as e: raise ImageError(f'{name} is too large to be read safely', str(e), 'Scale it down first') from None
-    except Exception: raise ImageError(f'{name} is not a picture', _what_is(bytes(data[:256])), do) from None
-    try: return _from_pil(image, name)
+# %% ../nbs/ground/73_images.ipynb #ad8e55d6
+def open_picture(data, name):
+    "The bytes of a picture file -> a PIL picture that is not decoded yet. Raises ImageError."
+    try: return Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as e:
+        wrong = f'{name} is too large to be read safely'
+        raise ImageError(wrong, str(e), 'Scale it down first') from None
+    except Exception:
+        do = 'Use a JPEG, PNG, WebP, TIFF or BMP file'
+        raise ImageError(f'{name} is not a picture', what_is(bytes(data[:256])), do) from None
+
+def decode(data, name):
+    "The bytes of a picture file -> uint8 (H, W, 3). Raises ImageError."
+    image = open_picture(data, name)
+    try: return from_pil(image, name)
     except ImageError: raise
-    except Exception as e: raise ImageError(f'{name} cannot be decoded; it is truncated or damaged', f'{image.format}, {len(data)} bytes: {e}', 'Copy or download it again') from e
+    except Exception as e:
+        raise ImageError(f'{name} cannot be decoded; it is truncated or damaged',
+                         f'{image.format}, {len(data)} bytes: {e}',
+                         'Copy or download it again') from e
+
+# %% ../nbs/ground/73_images.ipynb #46de8b65
+ADDRESSES = ('http:', 'https:', 'ftp:', 's3:', 'gs:', 'data:', 'file:')
+
+def check_file(source, path):
+    "Raise ImageError for an address, a folder, or where there is nothing."
+    if str(source).strip().lower().startswith(ADDRESSES):
+        raise ImageError('A photograph must be a file here, not an address',
+                         f'{str(source)[:80]!r}', 'Download it and give the path')
+    if not str(source) or not os.path.exists(path):
+        where = path.parent.name or 'the working folder'
+        raise ImageError(f"There is no file '{source}'", f'looked in {where}', 'Check the path')
+    if path.is_dir():
+        raise ImageError(f"'{source}' is a folder", 'a picture file was expected',
+                         'Name one file in it')
+
+def read_file(source):
+    "The bytes of a file. Raises ImageError."
+    path = Path(source).expanduser()
+    check_file(source, path)
+    try: return path.read_bytes()
+    except OSError as e:
+        found = e.strerror or str(e)
+        raise ImageError(f"'{source}' cannot be read", found, 'Check its permissions') from e
+
+# %% ../nbs/ground/73_images.ipynb #a32676a2
+def read_pil(image):
+    "A PIL picture -> uint8 (H, W, 3). Raises ImageError."
+    try: return from_pil(image, 'The PIL picture')
+    except ImageError: raise
+    except Exception as e:
+        found = f'{image.mode}, {image.size}: {e}'
+        raise ImageError('The PIL picture cannot be decoded', found, 'Open its file again') from e
+
+def read_open(file):
+    "The bytes of an open file. Raises ImageError."
+    try: data = file.read()
+    except Exception as e:
+        raise ImageError('The open file cannot be read', str(e), 'Open it in binary mode') from e
+    if isinstance(data, bytes): return data
+    raise ImageError('The open file gives text', type(data).__name__,
+                     "Open it in binary mode ('rb')")
+
+def read_array(value):
+    "Numbers in any container as an array. Raises ImageError."
+    try: return np.asarray(value)
+    except Exception as e:
+        found = f'{type(value).__name__}: {e}'
+        raise ImageError('The value is not a picture', found, 'Give an array (H, W, 3)') from e
 
 # %% ../nbs/ground/73_images.ipynb #40debeac
-_URL = ('http:', 'https:', 'ftp:', 's3:', 'gs:', 'data:', 'file:')
-
 def read_image(
     source,  # path, PIL picture, array (H,W[,C]), bytes of a picture file, or an open binary file
 ) -> np.ndarray:  # uint8 (H, W, 3) RGB, upright
-    "Any picture as 8-bit RGB; raises `ImageError` that says what it found instead. Nothing is ever fetched from a network."
-    if isinstance(source, (str, os.PathLike)):
-        path, name = Path(source).expanduser(), f"'{source}'"
-        if str(source).strip().lower().startswith(_URL):
-            raise ImageError('A photograph must be a file here, not an address', f'{str(source)[:80]!r}', 'Download it and give the path')
-        if not str(source) or not os.path.exists(path): raise ImageError(f'There is no file {name}', f"looked in {path.parent.name or 'the working folder'}", 'Check the path')
-        if path.is_dir(): raise ImageError(f'{name} is a folder', 'a picture file was expected', 'Name one file in it')
-        try: data = path.read_bytes()
-        except OSError as e: raise ImageError(f'{name} cannot be read', e.strerror or str(e), 'Check its permissions') from e
-        return _decode(data, name)
-    if isinstance(source, (bytes, bytearray, memoryview)): return _decode(bytes(source), 'The picture in memory')
-    if isinstance(source, Image.Image):
-        try: return _from_pil(source, 'The PIL picture')
-        except ImageError: raise
-        except Exception as e: raise ImageError('The PIL picture cannot be decoded', f'{source.mode}, {source.size}: {e}', 'Open its file again') from e
+    "Any picture as 8-bit RGB; nothing is ever fetched. Raises ImageError that says what it found."
+    if isinstance(source, (str, os.PathLike)): return decode(read_file(source), f"'{source}'")
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return decode(bytes(source), 'The picture in memory')
+    if isinstance(source, Image.Image): return read_pil(source)
     if callable(getattr(source, 'read', None)):
-        try: data = source.read()
-        except Exception as e: raise ImageError('The open file cannot be read', str(e), 'Open it in binary mode') from e
-        if not isinstance(data, bytes): raise ImageError('The open file gives text', type(data).__name__, "Open it in binary mode ('rb')")
-        return _decode(data, f"'{getattr(source, 'name', 'The open file')}'")
+        return decode(read_open(source), f"'{getattr(source, 'name', 'The open file')}'")
     if hasattr(source, '__array__') or isinstance(source, (list, tuple)):
-        try: array = np.asarray(source)
-        except Exception as e: raise ImageError('The value is not a picture', f'{type(source).__name__}: {e}', 'Give an array (H, W, 3)') from e
-        return _to_rgb(array, 'The array')
-    raise ImageError('This kind of value is not a picture', type(source).__name__, 'Give a path, a PIL picture, an array, bytes or an open file')
+        return to_rgb(read_array(source), 'The array')
+    raise ImageError('This kind of value is not a picture', type(source).__name__,
+                     'Give a path, a PIL picture, an array, bytes or an open file')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['blend', 'digest', 'name_face', 'name_array', 'raw_embeddings', 'check_pictured', 'Person', 'name_person', 'is_vector',
-           'as_vectors', 'check_pack_is', 'read_photograph', 'join', 'check_photographs', 'as_person', 'as_people']
+           'as_vectors', 'check_same_pack', 'read_photograph', 'join', 'check_photographs', 'as_person', 'as_people']
 
 # %% ../nbs/method/08_persons.ipynb #aa900620
 import hashlib
@@ -124,11 +124,12 @@ def as_vectors(x) -> np.ndarray:  # float32 (n, width)
     return x.reshape(-1, x.shape[-1])
 
 # %% ../nbs/method/08_persons.ipynb #584105f7
-def check_pack_is(face, reader):
+def check_same_pack(faces, reader):
     "Raise ArgumentError for a `Face` of another pack than the reader's, where there is a reader."
-    if reader is None or not face.pack or face.pack == reader.name: return
+    others = [f.pack for f in faces if reader is not None and f.pack not in ('', reader.name)]
+    if not others: return
     raise ArgumentError('This face was read by another recogniser than the adapter knows',
-                        f"pack '{face.pack}', not '{reader.name}'",
+                        f"pack '{others[0]}', not '{reader.name}'",
                         'Read the photograph with the .reader of this FaceID')
 
 def read_photograph(source, reader, which, width):
@@ -164,19 +165,18 @@ def as_person(
     reader=None,      # a `FaceReader`, for photographs
     which='largest',  # which face of a photograph, see `choose_face`
     width=512,        # of an embedding
+    same_pack=True,   # refuse faces of another pack than the reader's
 ) -> Person:
     "Whoever is meant. Raises ArgumentError, ImageError, NoFaceError."
+    if isinstance(source, Face): source = Person((source,))
     if isinstance(source, Person):
-        for face in source.faces: check_pack_is(face, reader)
+        if same_pack: check_same_pack(source.faces, reader)
         return source
-    if isinstance(source, Face):
-        check_pack_is(source, reader)
-        return Person((source,))
     if is_vector(source, width): return Person(vectors=as_vectors(source))
     if not isinstance(source, (list, tuple)):
         return Person((read_photograph(source, reader, which, width),))
     check_photographs(source)
-    return join([as_person(s, reader, which, width) for s in source])
+    return join([as_person(s, reader, which, width, same_pack) for s in source])
 
 # %% ../nbs/method/08_persons.ipynb #19fdc52f
 def as_people(
@@ -184,11 +184,14 @@ def as_people(
     reader=None,      # a `FaceReader`, for photographs
     which='largest',  # which face of a photograph
     width=512,        # of an embedding
+    same_pack=True,   # refuse faces of another pack than the reader's
 ) -> list:
     "One `Person` an entry; an empty list is nobody. Raises ArgumentError, ImageError, NoFaceError."
     if is_vector(source, width): return [Person(vectors=row[None]) for row in as_vectors(source)]
-    if not isinstance(source, (list, tuple)): return [as_person(source, reader, which, width)]
+    if not isinstance(source, (list, tuple)):
+        return [as_person(source, reader, which, width, same_pack)]
     known = {}
     for s in source:
-        if id(s) not in known: known[id(s)] = as_person(s, reader, which, width)
+        if id(s) in known: continue
+        known[id(s)] = as_person(s, reader, which, width, same_pack)
     return [known[id(s)] for s in source]

@@ -848,7 +848,8 @@ def trade_off(
     chosen=None,   # {argument: value}, or the value where `by` is one argument: the setting to be ringed
     width=WIDTH,   # inches, of 100 dots
 ) -> Drawing:
-    "Settings with their intervals; those that none beats in both are joined. Raises `ArgumentError`."
+    """Settings with their intervals; those that none beats in both are joined. Raises
+    `ArgumentError`."""
     by = [by] if isinstance(by, str) else list(by)
     t = _read(table, x, y, *by)
     parts = _split(t, *by)
@@ -886,8 +887,6 @@ def _choose(kind, have, wanted, most):
                         f"Choose among {', '.join(map(str, have))}")
 
 def _mix(colours, under): return .7*colours[..., :3] + .3*under
-
-_short = short_layer   # the studio still asks for this name
 
 # %% ../nbs/study/31_plots.ipynb #ff52b01e
 def _colour_bar(sheet, cmap, norm):

@@ -24,10 +24,6 @@ from .work import (Queue, Scoring, batches, default_batch, load_once, load_recip
                             make_batch)
 from .work import smaller, work_off
 
-# the studio and the command line still ask for these here
-from .cells import read_table  # noqa: F401
-from .work import find_scoring, out_of_memory  # noqa: F401
-
 # %% ../nbs/study/30_sweep.ipynb #9bce375e
 def _models(axes, model):
     "The models of a grid."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROWWISE', 'cut', 'Batch', 'batches', 'default_batch', 'out_of_memory', 'Parts', 'generate_cells', 'FaceMemory',
-           'read_faces', 'Scoring', 'find_scoring', 'measure_cells', 'load_once', 'load_recipe', 'make_batch', 'Pool',
-           'smaller', 'Queue', 'work_off']
+           'read_faces', 'Scoring', 'measure_cells', 'load_once', 'load_recipe', 'make_batch', 'Pool', 'smaller',
+           'Queue', 'work_off']
 
 # %% ../nbs/study/34_work.ipynb #b6cefb65
 import concurrent.futures as cf
@@ -185,12 +185,6 @@ class Scoring:
     # as for `prompt_adherence`; None: by the model's kind; False: adherence is not measured
     scorer: object = None
     measure: bool = True    # False: pictures only
-
-def find_scoring(reader, judge=True):   # the studio still asks in this way
-    """(judge, its name). Where the second recogniser is missing the steering one scores; the
-    name says so."""
-    found = Judge.find(judge, reader, needed=False)
-    return (False if found.steers else found), found.name
 
 # %% ../nbs/study/34_work.ipynb #7763d24a
 def _pictured(face):

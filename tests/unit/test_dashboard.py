@@ -208,8 +208,8 @@ def test_a_photograph_is_removed(views, board):
     assert len(board.controls.people.photos.views) == 1
 
 
-def test_what_is_around_a_face_is_square(board):
-    face = P.around_face(board.studio.people.photographs[0].face)
+def test_what_is_around_a_face_is_square(views):
+    face = P.around_face(views[1].photo.faces[1])
     assert face.width < 160 and abs(face.width - face.height) <= .15*face.width
 
 

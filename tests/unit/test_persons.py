@@ -129,6 +129,11 @@ def test_a_face_of_another_recogniser(source):
     with pytest.raises(ArgumentError, match="another recogniser.*'judge', not 'tiny'"): find(source)
 
 
+def test_a_face_of_another_recogniser_where_only_the_picture_counts():
+    alone, among_people = find(STRANGER, same_pack=False), as_people([STRANGER], Reader(), same_pack=False)[0]
+    assert alone.pack == among_people.pack == 'judge'
+
+
 def test_without_a_reader_or_a_pack_nothing_is_known():
     assert as_person(face(2, 'judge')).pack == 'judge' and find(face(2, '')).pack == ''
 
