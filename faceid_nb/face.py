@@ -478,7 +478,7 @@ class FaceReader:
         det_thresh=.5,     # confidence below which a detection does not count
         download=False,    # fetch a missing pack (non-commercial research only)
     ):
-        self._args = (name, root, providers, det_sizes, det_thresh)
+        self.made_with = (name, root, providers, det_sizes, det_thresh)
         get = download_pack if download and name != 'tiny' else check_pack
         self.folder = get(name, root)
         self.detector, self.embedder = load_networks(self.folder, providers, det_sizes, det_thresh)
@@ -492,7 +492,7 @@ class FaceReader:
     def best(self, image, which='largest') -> Face:
         "The face that is meant, see `choose_face`; a `Face` stays itself. Raises NoFaceError."
         return find_face(self, image, which)
-    def __reduce__(self): return type(self), self._args  # a copy in another process loads its own
+    def __reduce__(self): return type(self), self.made_with  # a copy in another process loads its own
     def __repr__(self): return describe_reader(self)
 
 # %% ../nbs/method/02_face.ipynb #21fda586
@@ -517,8 +517,3 @@ def draw_faces(
     pen, width = ImageDraw.Draw(picture), width or max(1, round(max(picture.size)/200))
     for i, face in enumerate(faces): draw_face(pen, face, str(i), width, max(10, picture.height/16))
     return picture
-
-# %% ../nbs/method/02_face.ipynb #e7675c25
-from .packs import LICENCE, PACK_SUMS, pack_folder  # noqa: F401, until users moved
-
-_no_face, _missing = no_face_error, pack_missing

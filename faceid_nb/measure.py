@@ -50,7 +50,7 @@ def find_judge(
 ) -> Embedder:
     """A second recogniser for a reader's pack: models/judge/rec.onnx beside it, or another
     InsightFace pack."""
-    _, root, own, *_ = reader._args
+    _, root, own, *_ = reader.made_with
     beside = reader.folder.parent/'judge'/'rec.onnx'
     if beside.is_file(): return open_embedder(beside, providers or own)
     other = JUDGES.get(reader.name, 'antelopev2')

@@ -14,7 +14,8 @@ from PIL import Image
 import helpers_pack as H
 from faceid_nb.adapter import FaceIDAdapter
 from faceid_nb.errors import ArgumentError
-from faceid_nb.faceid import FaceID, clean_latents, pair_rows, read_record, save_png, step_by_step
+from faceid_nb.faceid import FaceID, clean_latents, pair_rows, step_by_step
+from faceid_nb.files import read_record, save_png
 from faceid_nb.hub import DDIM
 
 FAST = dict(num_inference_steps=2)
@@ -276,7 +277,7 @@ def test_an_error_in_the_middle_leaves_the_pipeline(me, base_picture):
 @pytest.mark.parametrize('wrong, says', [
     (dict(num_inference_step=1), 'Perhaps num_inference_steps'),
     (dict(num_images_per_prompt=2), 'Use num_samples'),
-    (dict(num_inference_steps=0), 'num_inference_steps'), (dict(start=.9, end=.1), '')])
+    (dict(num_inference_steps=0), 'num_inference_steps'), (dict(start=.9, end=.1), 'in order')])
 def test_a_refusal_leaves_the_pipeline(me, base_picture, wrong, says):
     with pytest.raises(ArgumentError, match=says): me.generate(E[0], 'a', **FAST | wrong)
     assert far(base_picture, me.generate(**BASE)) == 0

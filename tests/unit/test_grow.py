@@ -106,7 +106,7 @@ def test_what_cannot_be_grown_is_refused():
     a = FaceIDAdapter.new(unet, 'plusv2', rank=2, clip_embeddings_dim=32)
     with pytest.raises(ArgumentError, match='different widths'):
         grow(a, unet, unet, 'plusv2', clip_embeddings_dim=48)
-    a.raw = True
+    a.weights.raw = True
     with pytest.raises(ArgumentError, match='unnormalised'): grow(a, unet, unet, 'faceid')
 
 

@@ -196,7 +196,8 @@ def test_what_a_mac_leaves_behind_is_nobody(folder):
 @given(st.integers(1, 400), st.integers(1, 400), st.floats(-50, 450), st.floats(-50, 450), st.floats(1, 200))
 def test_square_lies_in_the_picture_and_shows_the_face(w, h, x, y, side):
     x0, y0, x1, y1 = D.square((w, h), (x, y, x + side, y + side))
-    assert x1 - x0 == y1 - y0 == min(w, h) and 0 <= x0 and 0 <= y0 and x1 <= w and y1 <= h
+    assert [x1 - x0, y1 - y0] == pytest.approx([min(w, h)]*2)
+    assert 0 <= x0 and 0 <= y0 and x1 <= w and y1 <= h
     cx, cy = x + side/2, y + side/2
     if 0 <= cx <= w and 0 <= cy <= h: assert x0 - .51 <= cx <= x1 + .51 and y0 - .51 <= cy <= y1 + .51
 
