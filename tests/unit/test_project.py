@@ -149,7 +149,8 @@ def test_notebook_holds_no_counts_and_no_errors(name):
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_notebook_pictures_fit_a_page(name):
-    for picture in stored_pictures(name): assert max(picture.size) <= 512, 'larger than 512 pixels'
+    "A cell of a 1280-pixel screen shows about a thousand; faces of 120 pixels need them."
+    for picture in stored_pictures(name): assert max(picture.size) <= 1024
 
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
