@@ -36,12 +36,6 @@ from .models import load_pipeline
 from .train_data import (
     Draws, PhotoFolder, caption_ids, drop_out, encode_sdxl, photo_files, step_generator)
 
-# %% ../nbs/train/52_train.ipynb #5a2c1d38
-# moved to rooms of their own; the pages of the tiny pack still ask here
-from faceid_nb.grow import grow, quiet_resampler as _quiet  # noqa: F401 (see above)
-from faceid_nb.losses import add_noise, estimate  # noqa: F401 (see above)
-from faceid_nb.train_data import LatentTable  # noqa: F401 (see above)
-
 # %% ../nbs/train/52_train.ipynb #5a2c1d04
 def load_base(
     name,  # a folder, a name on the hub, or 'tiny'

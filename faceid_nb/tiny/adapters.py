@@ -24,7 +24,6 @@ from ..hub import TINY
 from ..models import load, load_pipeline
 from ..encoder import StructureEncoder
 from .evaluate import (
-    HELD_OUT,  # noqa: F401 (as above)
     Probe, TinyJudge, evaluate, evaluate_base, evaluate_photos, evaluate_structure, scale_sheet, sheet,
     show_base, show_photos, show_structure, show_table)
 from .crops import align_crops, aligned
@@ -32,8 +31,6 @@ from .lessons import (lesson_goal, lesson_scores, teach_resampler,
                                     train_structure_reader)
 from .people import EXPRESSIONS, captions, take
 from .recognizer import Recognizer
-from ..measure import share_interval  # noqa: F401 (pages look for it here)
-from .scenes import as_tensor, correlation, read_scenes  # noqa: F401 (as above)
 from .scenes import load_reader, save_reader, train_reader
 from ..train import line, load_base, train
 from ..train_data import LatentTable
