@@ -20,7 +20,7 @@ def test_no_file_is_exempted_from_the_rules():
     "Two reasons only: nbdev's own index, and what is no source."
     text = (ROOT/'pyproject.toml').read_text(encoding='utf-8')
     assert 'per-file-ignores' not in text and '\nignore' not in text
-    assert 'exclude = ["faceid_nb/_modidx.py", "build", "_proc"]' in text
+    assert 'extend-exclude = ["faceid_nb/_modidx.py", "_proc"]' in text
 
 
 @pytest.mark.parametrize('name', FILES)
