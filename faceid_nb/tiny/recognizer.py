@@ -336,6 +336,7 @@ def arguments(argv=None):
     a.add_argument('--photos',
                    help='a table saved from people.photographs; drawn when not given (rec, judge)')
     a.add_argument('--begin', help='weights (.pt) to begin with, for det')
+    a.add_argument('--people', type=int, default=250, help='strangers in the closing test')
     return a.parse_args(argv)
 
 # %% ../../nbs/tiny/recognizer.ipynb #rc000079
@@ -351,8 +352,8 @@ def training_of(part, seed, device='cpu', photos=None, begin=None):
     how = dict(seed=seed, device=device, sharp=draw)
     return lambda steps, state=None: learn_faces(photos, part, steps=steps, state=state, **how)
 
-def finish(part, model, out, began):
-    "Write weights and ONNX file, say how large they are and how good."
+def finish(part, model, out, began, people=250):
+    "Write weights and ONNX file, say how large they are and how good on people never seen."
     model = model.cpu().eval()
     torch.save(model.state_dict(), out/f'{part}.pt')
     save, judged = (save_detector,
@@ -361,12 +362,13 @@ def finish(part, model, out, began):
     minutes, millions = (time.time() - began)/60, sum(p.numel() for p in model.parameters())/1e6
     size = path.stat().st_size/1e6
     print(f'{minutes:.1f} minutes, {millions:.2f} M parameters, {path} {size:.1f} MB', flush=True)
-    print(judged(model), flush=True)
+    print(judged(model, people), flush=True)
 
 # %% ../../nbs/tiny/recognizer.ipynb #rc000080
 def train_part(
     part, out,         # 'rec', 'judge' or 'det'; folder for ONNX file, weights and checkpoint
     *, minutes=5., steps=None, resume=False, device='cpu', seed=None, photos=None, begin=None,
+    people=250,        # how many strangers the closing test has
 ):
     "Train a part of the pack and write its files; the options of the command."
     out = Path(out)
@@ -382,7 +384,7 @@ def train_part(
     print(f'{part}: {steps} steps from {start}, seed {seed}, {device}; {again}', flush=True)
     if start >= steps: return print('nothing left to do', flush=True)
     report = follow(make(steps, state or None), steps, checkpoint, start)
-    finish(part, report['model'], out, began)
+    finish(part, report['model'], out, began, people)
 
 def main(argv=None):
     "`python -m faceid_nb.tiny.recognizer --part rec|judge|det --out DIR --minutes M`"
