@@ -5,10 +5,14 @@
 # %% auto #0
 __all__ = ['face_embeddings', 'layer_weights', 'Knobs', 'layers_from_state', 'AdapterWeights', 'identity_tokens', 'weights_of',
            'weights_from_file', 'weights_from_state', 'fresh_state', 'fresh_weights', 'find_unet', 'CrossLayers',
-           'Attachment', 'Identities', 'read_identities', 'keys_values', 'Condition', 'FaceIDAdapter',
-           'structure_sweep']
+           'Before', 'Attachment', 'Identities', 'read_identities', 'keys_values', 'find_scheduler', 'progress',
+           'in_window', 'layer_size', 'mean_maps', 'remember_halves', 'half_of', 'unconditional', 'prepare',
+           'Condition', 'attach', 'detach', 'FaceIDAdapter', 'structure_sweep']
 
 # %% ../nbs/method/07_adapter.ipynb #f2a6e95f
+import threading
+import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
@@ -22,9 +26,10 @@ from .attention import (DecoupledAttention, check_processor, cross_attention_lay
                                  split_heads)
 from .checkpoint import (Checkpoint, check_fits, check_state, read_checkpoint,
                                   save_checkpoint)
-from .errors import ArgumentError, GuidanceError, LoRAError, VariantError
-from .guidance import equal_parts, guidance_rows, rows_of
-from .lora import LoRA, lora_from_checkpoint, lora_pairs, normal_lora, read_lora
+from .errors import ArgumentError, BaseModelError, LoRAError, NotDrawnWarning, VariantError
+from .guidance import equal_parts, find_caller, guidance_rows, rows_of, unwrapped
+from .lora import (LoRA, do_nothing, lora_from_checkpoint, lora_pairs, normal_lora,
+                             read_lora, refuse_pickle)
 from .persons import Person, as_people, check_photographs, is_vector
 from .projection import MLPProjection, PlusProjection, RawProjection, projection_from_state
 
@@ -112,7 +117,8 @@ class Knobs:
     start: float = 0.                # part of the noise schedule with identity: 0 is pure noise,
     end: float = 1.                  # 1 the finished picture
     layers: dict = None  # {prefix of a layer's path: multiplier}, {'down': 0, 'up_blocks.1': .5}
-    guidance: int = None  # 1 off, 2 on, 3 InstructPix2Pix; None: work it out from the batch
+    # 1 off, 2 on, 3 InstructPix2Pix; or for each copy of the samples whether it reads the face,
+    guidance: object = None  # (False, True, True); None: the pipeline says, or else the batch
     record: bool = False             # keep the attention over the identity tokens
     structure: object = None         # Plus: CLIP states of the crops (n, L, c),
     negative_structure: object = None  # and of an empty picture (1, L, c)
@@ -152,7 +158,7 @@ def _plus_tokens(proj, embeds, structure, s_scale):
     if len(s_scale.unique()) == 1: s_scale = s_scale[:1]
     n = max(len(embeds), len(structure), len(s_scale))
     embeds = embeds.expand(n, -1)
-    structure = structure.to(embeds.device, torch.float32).expand(n, -1, -1)
+    structure = structure.to(embeds).expand(n, -1, -1)
     first = _first_of_runs(embeds, structure)
     x, r = proj.parts(embeds[first], structure[first])
     own = first.cumsum(0) - 1
@@ -196,7 +202,7 @@ def identity_tokens(
 ) -> torch.Tensor:
     "Identity tokens (n, T, d), float32. Raises `ArgumentError`."
     proj = weights.net.image_proj
-    embeds = embeds.to(proj.norm.weight.device)
+    embeds = embeds.to(proj.norm.weight)      # its device and type
     if not isinstance(proj, PlusProjection): return proj(embeds)
     if structure is None:
         raise ArgumentError(f'The variant {weights.variant} also reads the picture of the face',
@@ -238,6 +244,12 @@ def weights_from_state(image_proj, ip_adapter, variant=None, lora=None) -> Adapt
                       lora)
 
 # %% ../nbs/method/07_adapter.ipynb #dc57695e
+def check_one_width(width):
+    "Raise `BaseModelError` for a UNet whose levels read words of several widths."
+    if isinstance(width, int): return
+    raise BaseModelError('The adapter needs words of one width', f'This UNet reads {width}',
+                         'Use a UNet with one cross_attention_dim')
+
 def _fresh_projection(width, variant, num_tokens, seed, clip_embeddings_dim):
     "A projection whose first layer is loud enough for unit vectors."
     with torch.random.fork_rng(devices=[]):
@@ -276,6 +288,7 @@ def fresh_state(
     for i, (_, attn, cross) in enumerate(cross_attention_layers(unet)):
         layers |= _fresh_layer(i, attn, cross, rank, g)
     width = unet.config.cross_attention_dim
+    check_one_width(width)
     proj = _fresh_projection(width, variant, num_tokens, seed, clip_embeddings_dim)
     return {'image_proj': proj.state_dict(), 'ip_adapter': layers}
 
@@ -286,12 +299,11 @@ def fresh_weights(unet, variant='faceid', *args, **kwargs) -> AdapterWeights:
 
 def find_unet(target):
     "The UNet of a pipeline, or itself, out of torch.compile's wrapper."
-    unet = getattr(target, 'unet', target)
-    return getattr(unet, '_orig_mod', unet)
+    return unwrapped(getattr(target, 'unet', target))
 
 # %% ../nbs/method/07_adapter.ipynb #e6c494c0
 class CrossLayers:
-    "The cross-attention layers of a UNet, with processors of ours."
+    "The cross-attention layers of a UNet, and processors of ours, which are in them when needed."
     def __init__(self, unet, net, sdpa=True):  # `AdapterWeights.net`
         modules = enumerate(cross_attention_layers(unet))
         self.cross = {path: (attn, net.ip_adapter[str(i)])
@@ -305,15 +317,15 @@ class CrossLayers:
             check_processor(path, attn.processor)
             ours.usual = attn.processor
             attn.set_processor(ours)
-    def clear(self, keep_graph=False):
-        "No identity in any layer."
-        # gradient checkpointing runs layers again after the block: what carries gradients stays
-        # until the next forward
-        for p in self.processors.values():
-            if not (keep_graph and p.kv and p.kv[0].requires_grad): p.clear()
-    def remove(self):
+    @property
+    def busy(self):
+        "Whether gradients may still flow back through the identity's keys and values."
+        return any(p.kv and p.kv[0].requires_grad for p in self.processors.values())
+    def rest(self):
+        "No identity in any layer, and the layers' own processors."
         for path, (attn, _) in self.cross.items():
             ours = self.processors[path]
+            ours.clear()
             if attn.processor is ours: attn.set_processor(ours.usual)
 
 # %% ../nbs/method/07_adapter.ipynb #dca01ae3
@@ -330,34 +342,67 @@ def _swap_self_attention(unet, into):
     for _, attn, cross in cross_attention_layers(unet):
         if not cross: into.append(Swapped(attn, AttnProcessor()))
 
+def check_processors(unet):
+    "Raise `ArgumentError` where a cross-attention layer works for somebody else."
+    for path, attn, cross in cross_attention_layers(unet):
+        if cross and not isinstance(attn.processor, DecoupledAttention):
+            check_processor(path, attn.processor)
+
+# %% ../nbs/method/07_adapter.ipynb #7f010002
+class Before:
+    "The hook before a UNet runs; in a deep copy of the UNet it does nothing."
+    def __init__(self, attachment): self.attachment = attachment
+    @torch.compiler.disable
+    def __call__(self, unet, args, kwargs):
+        at = self.attachment
+        if at.active is None: return at.layers.rest()
+        given = dict(zip(('sample', 'timestep', 'encoder_hidden_states'), args)) | kwargs
+        at.active.prepare(given['sample'], given['timestep'], given['encoder_hidden_states'],
+                          given.get('added_cond_kwargs'))
+    def __deepcopy__(self, memo): return do_nothing
+    def __reduce__(self): return refuse_pickle()
+
+# %% ../nbs/method/07_adapter.ipynb #7f010013
+def enter(attachment, block):
+    if attachment.lora: attachment.lora.settle()      # somebody may have fused or loaded since
+    attachment.layers.install()
+    attachment.blocks.append(block)
+def leave(attachment, block):
+    last = len(attachment.blocks) - 1 - attachment.blocks[::-1].index(block)   # blocks may cross
+    del attachment.blocks[last]
+    # gradient checkpointing runs layers again after the block
+    if not attachment.blocks and not attachment.layers.busy: attachment.layers.rest()
+
 # %% ../nbs/method/07_adapter.ipynb #f9af12ef
 class Attachment:
-    "What an attached adapter changed in a UNet, and how to take it back."
+    "What an attached adapter owns in a UNet, and how to take it back."
     def __init__(self, unet, pipe, net, lora, *, weight=1., fold=True, sdpa=None):
         self.unet, self.pipe = unet, pipe     # the pipeline, or None for a bare UNet
-        self.active = None                    # the `Condition` that is entered
+        self.blocks = []                      # the `Condition`s that are entered, the last counts
         self.lora, self.hook, self.swapped = None, None, []
         self.layers = CrossLayers(unet, net, sdpa is not False)
+        unet._faceid_attachment = self
         try:
             if lora: self.lora = LoRA(unet, lora, weight, fold)
-            self.layers.install()
+            check_processors(unet)
             if sdpa is False: _swap_self_attention(unet, self.swapped)
-            self.hook = unet.register_forward_pre_hook(self.before, with_kwargs=True)
+            self.hook = unet.register_forward_pre_hook(Before(self), with_kwargs=True)
         except BaseException:
             self.remove()
             raise
+    enter, leave = enter, leave
+    @property
+    def active(self): return self.blocks[-1] if self.blocks else None
     def remove(self):
-        if self.lora: self.lora.undo()  # first: where it cannot be undone now, all stays attached
-        self.layers.remove()
+        "Take everything back; where it cannot be, all stays. Once more after an interruption is fine."
+        if self.lora: self.lora.undo()
+        self.layers.rest()
         for swap in self.swapped: swap.undo()
         if self.hook: self.hook.remove()
         self.hook = None
-    @torch.compiler.disable
-    def before(self, unet, args, kwargs):
-        "The UNet's forward pre-hook."
-        if self.active is None: return self.layers.clear()
-        given = dict(zip(('sample', 'timestep', 'encoder_hidden_states'), args)) | kwargs
-        self.active.prepare(given['sample'], given['timestep'], given['encoder_hidden_states'])
+        if getattr(self.unet, '_faceid_attachment', None) is self: del self.unet._faceid_attachment
+    def __deepcopy__(self, memo): return None   # a copy of the UNet is a plain UNet
+    def __reduce__(self): return refuse_pickle()
 
 # %% ../nbs/method/07_adapter.ipynb #af9ea11d
 @dataclass
@@ -410,44 +455,62 @@ def keys_values(
     return kv
 
 # %% ../nbs/method/07_adapter.ipynb #72249a38
-def check_no_pag(unet):
-    "Raise `GuidanceError` for a kind of guidance that runs rows of its own."
-    if not any('PAG' in type(p).__name__ for p in unet.attn_processors.values()): return
-    raise GuidanceError('Perturbed-attention guidance is not known to the adapter',
-                        'Its processors are in the UNet', 'Use the pipeline without PAG')
-
-def read_layout(attachment, sample, n, parts):
-    "`guidance_rows` for a batch that the UNet was given, of n identities."
-    unet = attachment.unet
+def read_layout(condition, sample, text):
+    "`guidance_rows` for a batch that the UNet was given."
+    unet, n, parts = condition.at.unet, len(condition.tokens), condition.knobs.guidance
     if torch.is_grad_enabled() and len(sample) == n and parts is None: parts = 1        # training
-    else: check_no_pag(unet)
-    # None: a bare UNet, or a pipeline that never ran
-    says = getattr(attachment.pipe, 'do_classifier_free_guidance', None)
-    c = unet.config
+    if condition.muted: parts = (False,)
+    caller, c = find_caller(unet), unet.config
+    if parts is None and caller is not None: parts = half_of(condition, text)
     latents = sample[:, :c.out_channels]                # other channels hold masks and pictures
     three_way = c.in_channels == 2 * c.out_channels
-    return guidance_rows(len(sample), n, parts, partial(equal_parts, latents), says, three_way)
+    return guidance_rows(len(sample), n, parts, partial(equal_parts, latents), caller, three_way)
 
 # %% ../nbs/method/07_adapter.ipynb #a651f121
-def in_window(knobs, timestep, pipe):
+def find_scheduler(attachment):
+    "Of the pipeline that runs the UNet now, or else of the one that the adapter was put on."
+    caller = find_caller(attachment.unet)
+    pipe = attachment.pipe if caller is None else caller.pipe
+    return getattr(pipe, 'scheduler', None)
+
+def progress(timestep, scheduler):
+    "How far a step is in the noise schedule, 0 pure noise, 1 the picture: one number a timestep."
+    t = torch.as_tensor(timestep).double().flatten()
+    if 'EDM' not in type(scheduler).__name__:
+        config = getattr(scheduler, 'config', None)
+        return 1 - t / getattr(config, 'num_train_timesteps', 1000)
+    # these tell the UNet a logarithm of the noise: their own list of steps says how far it is
+    steps = scheduler.timesteps.double().to(t.device)
+    return (steps[None] - t[:, None]).abs().argmin(1).double() / len(steps)
+
+# %% ../nbs/method/07_adapter.ipynb #7f010012
+def in_window(knobs, timestep, attachment):
     """Whether this step lies between start and end: 0 is pure noise, 1 the picture. Raises
     `ArgumentError`."""
     if (knobs.start, knobs.end) == (0., 1.): return True
-    scheduler = getattr(pipe, 'scheduler', None)
-    steps = getattr(getattr(scheduler, 'config', None), 'num_train_timesteps', 1000)
-    done = (1 - torch.as_tensor(timestep).double().flatten() / steps).unique()
+    done = progress(timestep, find_scheduler(attachment)).unique()
     if len(done) > 1:
         raise ArgumentError('start and end need one timestep for the batch', f'Found {len(done)}',
                             'Leave them at 0 and 1')
     return knobs.start <= done.item() <= knobs.end
 
 # %% ../nbs/method/07_adapter.ipynb #3c4e5ceb
+def layer_size(
+    latents,  # (h, w) of the UNet's input
+    places,   # of a layer
+):
+    "(h, w) of the picture that a layer sees: halved, and rounded up, until it has so many places."
+    h, w = latents
+    while h*w > places: h, w = -(-h//2), -(-w//2)
+    if h*w == places: return h, w
+    raise ArgumentError('The attention of a layer is no picture that the UNet can make',
+                        f'It has {places} places; the latents are {latents[0]} x {latents[1]}',
+                        'Ask for other layers')
+
 def _enlarge(w, latents, size):
     "Attention of a layer, (rows, N, T), as pictures: (rows, T, *size)"
-    height, width = latents
-    times = round((height * width / w.shape[1]) ** .5)  # how much smaller this layer's picture is
-    rows = -(-height // times)
-    return F.interpolate(w.transpose(1, 2).unflatten(-1, (rows, -1)), size, mode='bilinear')
+    picture = w.transpose(1, 2).unflatten(-1, layer_size(latents, w.shape[1]))
+    return F.interpolate(picture, size, mode='bilinear')
 
 def mean_maps(recorded, latents, size, layers=None, steps=slice(None)):
     "See `Condition.attention_maps`."
@@ -459,20 +522,85 @@ def mean_maps(recorded, latents, size, layers=None, steps=slice(None)):
                             'Pass record=True to condition() and run the pipeline inside')
     return torch.stack(maps).mean(0)
 
+# %% ../nbs/method/07_adapter.ipynb #7f010004
+def keep_attention(condition, path, w): condition.maps.setdefault(path, []).append(w[condition.reads])
+
+def check_no_adapter(added, unet):
+    "Raise `ArgumentError` for a face that diffusers' own loader was to draw at the same time."
+    if not {'image_embeds', 'image_hints'} & set(added or ()) or unet.config.encoder_hid_dim_type: return
+    raise ArgumentError("ip_adapter_image belongs to the IP-Adapter of diffusers, which is not loaded",
+                        'The UNet was given picture embeddings that it does not read',
+                        'Leave it out: the face comes from condition()')
+
+def warn_not_drawn(attachment):
+    "Say that nobody was drawn in a block."
+    pipe = type(attachment.pipe or attachment.unet).__name__
+    warnings.warn(f'No face was drawn: in this condition() block the UNet that the adapter is attached '
+                  f'to (of a {pipe}) never ran. Run that pipeline, or one that shares its UNet, inside.',
+                  NotDrawnWarning, stacklevel=3)
+
+# %% ../nbs/method/07_adapter.ipynb #7f010007
+def remember_halves(condition, text):
+    "Of a batch whose first half reads nobody: the prompts of its two halves."
+    first, second = condition.reads.chunk(2) if len(condition.reads) > 1 else (condition.reads,)*2
+    if second.all() and not first.any(): condition.halves = text.chunk(2)
+
+def half_of(condition, text):
+    "Whether a batch is one half of the last one under guidance: (does it read the face,), or None."
+    for half, reads in zip(condition.halves or (), (False, True)):
+        if text.shape == half.shape and torch.equal(text, half): return (reads,)
+
+@contextmanager
+def unconditional(self):
+    "For loops that run the UNet once a condition: the runs inside read nobody."
+    self.muted = True
+    try: yield
+    finally: self.muted = False
+
+def prepare(self, sample, timestep, text, added=None):
+    "Before every run of the UNet: hand each layer K and V of its identity tokens."
+    check_no_adapter(added, self.at.unet)
+    self.at.layers.install()                 # somebody may have put others in meanwhile
+    self.runs += 1
+    shown = in_window(self.knobs, timestep, self.at) and self.identities.scale.any()
+    kv = current_kv(self, sample, text) if shown else {}
+    for path, p in self.at.layers.processors.items():
+        p.kv = kv.get(path)
+        p.record = partial(keep_attention, self, path) if self.knobs.record else None
+    self.size = tuple(sample.shape[-2:])
+
+# %% ../nbs/method/07_adapter.ipynb #7f010009
+def attention_maps(self, size, layers=None, steps=slice(None)):
+    """Recorded attention, (rows, T, *size), sums to 1 over T; `layers` are paths, `size` is
+    (h, w)."""
+    return mean_maps(self.maps, self.size, size, layers, steps)
+
 # %% ../nbs/method/07_adapter.ipynb #82c10eec
 def check_still_attached(attachment):
-    "Raise `ArgumentError` where the adapter was detached after a condition was made."
-    if attachment.hook is not None: return
-    raise ArgumentError('The adapter was detached', 'This condition was made before',
-                        'Attach it and make another condition')
+    "Raise `ArgumentError` where the adapter is not on the pipeline's UNet any more."
+    if attachment.hook is None:
+        raise ArgumentError('The adapter was detached', 'This condition was made before',
+                            'Attach it and make another condition')
+    pipe = attachment.pipe
+    if pipe is not None and find_unet(pipe) is not attachment.unet:
+        raise ArgumentError('The pipeline has another UNet than the adapter was attached to',
+                            'pipe.unet was replaced', 'Attach the adapter to the pipeline again')
+
+def check_thread(attachment):
+    "Raise `ArgumentError` where another thread draws with this UNet."
+    others = {block.thread for block in attachment.blocks} - {threading.get_ident()}
+    if others:
+        raise ArgumentError('Another thread has a condition open on this UNet',
+                            'One UNet draws for one at a time', 'Wait for it, or load a second pipeline')
 
 def current_kv(condition, sample, text):
     "K and V for a batch; computed once per generation, and each time where gradients flow."
-    c, key = condition, (sample.shape[0], sample.device, sample.dtype)
+    c, key = condition, (sample.shape[0], sample.device, sample.dtype, condition.muted)
     known = c.key and c.key[0] == key and c.key[1] is text
     if not known or torch.is_grad_enabled():
         # (batch,): whom a row shows, and whether it reads them
-        who, c.reads = read_layout(c.at, sample, len(c.tokens), c.knobs.guidance)
+        who, c.reads = read_layout(c, sample, text)
+        remember_halves(c, text)
         c.key, c.kv = (key, text), keys_values(c.at, c.identities, c.layers, who, c.reads, sample)
     return c.kv
 
@@ -484,43 +612,54 @@ class Condition:
         self.layers = layer_weights(knobs.layers, list(at.layers.cross))
         # layer -> [(rows, N, T) of every step]; size of the latents
         self.maps, self.size = {}, None
-        self.key = self.kv = None
+        self.key = self.kv = self.halves = None
+        self.runs, self.muted, self.thread = 0, False, None
     def __enter__(self):
         check_still_attached(self.at)
-        self.at.layers.install()
-        self.outer, self.at.active = self.at.active, self
+        check_thread(self.at)
+        self.thread = threading.get_ident()
+        self.at.enter(self)
         return self
-    def __exit__(self, *exc):
-        self.at.active, self.key, self.kv = self.outer, None, None
-        self.at.layers.clear(keep_graph=True)
-    def prepare(self, sample, timestep, text):
-        "Before every run of the UNet: hand each layer K and V of its identity tokens."
-        shown = in_window(self.knobs, timestep, self.at.pipe) and self.identities.scale.any()
-        kv = current_kv(self, sample, text) if shown else {}
-        for path, p in self.at.layers.processors.items():
-            p.kv, p.record = kv.get(path), partial(self.keep, path) if self.knobs.record else None
-        self.size = tuple(sample.shape[-2:])
-    def keep(self, path, w): self.maps.setdefault(path, []).append(w[self.reads])
-    def attention_maps(self, size, layers=None, steps=slice(None)):
-        """Recorded attention, (rows, T, *size), sums to 1 over T; `layers` are paths, `size` is
-        (h, w)."""
-        return mean_maps(self.maps, self.size, size, layers, steps)
+    def __exit__(self, kind, *exc):
+        self.key = self.kv = self.halves = None
+        self.at.leave(self)
+        if kind is None and not self.runs: warn_not_drawn(self.at)
+    prepare, unconditional, attention_maps = prepare, unconditional, attention_maps
 
 # %% ../nbs/method/07_adapter.ipynb #da69e220
 def check_attachable(weights, unet):
     """The LoRA to put on, after everything fits: the UNet's processors, the shapes, the LoRA's
     names. Raises."""
-    modules = cross_attention_layers(unet)
-    for path, attn, cross in modules:
-        if cross and not isinstance(attn.processor, DecoupledAttention):
-            check_processor(path, attn.processor)
+    check_processors(unet)
     check_fits(replace(weights.facts, **weights.state_dict()), unet)
     lora = weights.lora
     if lora is None:
-        inside = dict(weights.net.ip_adapter.named_parameters())
+        inside, modules = dict(weights.net.ip_adapter.named_parameters()), cross_attention_layers(unet)
         lora = lora_from_checkpoint(inside, [path for path, *_ in modules])
     lora_pairs(unet, lora)
     return lora
+
+# %% ../nbs/method/07_adapter.ipynb #7f010016
+def check_unfused(unet):
+    "Raise `ArgumentError` where other layers hold copies of weights that the LoRA is in."
+    if not any('Fused' in type(p).__name__ for p in unet.attn_processors.values()): return
+    raise ArgumentError('Query, key and value were fused after the adapter was attached',
+                        'The fused layers hold copies of the weights with the LoRA in them',
+                        'Call pipe.unfuse_qkv_projections() first')
+
+def release(attachment):
+    "Take an attachment off its UNet, to the end even where it is interrupted."
+    if attachment.active:
+        raise ArgumentError('The adapter is in use', 'A condition() block is open',
+                            'Leave it before detaching')
+    check_unfused(attachment.unet)
+    try: attachment.remove()
+    except KeyboardInterrupt:
+        attachment.remove()
+        raise
+    finally:
+        owner = getattr(attachment, 'owner', None)
+        if owner is not None and attachment.hook is None: owner.at = None
 
 # %% ../nbs/method/07_adapter.ipynb #9450b440
 def attach(adapter,
@@ -529,28 +668,21 @@ def attach(adapter,
     lora_weight=1.0,  # 0 switches the LoRA off
     sdpa=None,        # False: plain matrix products, not fused attention (faster backwards on a CPU)
 ):
-    """Install processors and LoRA. On any error the target stays as it was; another adapter on
-    it is detached."""
+    """Put the LoRA in and get ready for `condition`. On any error the target stays as it was;
+    another adapter on it is detached."""
     unet, net = find_unet(target), adapter.weights.net
     lora = check_attachable(adapter.weights, unet)
-    for other in {adapter.at, getattr(unet, '_faceid_attachment', None)} - {None}:
-        other.owner.detach()
+    for other in {adapter.at, getattr(unet, '_faceid_attachment', None)} - {None}: release(other)
     net.requires_grad_(not fold)
     if not fold: net.to(unet.device)
     pipe = None if unet is target else target
     adapter.at = Attachment(unet, pipe, net, lora, weight=lora_weight, fold=fold, sdpa=sdpa)
-    adapter.at.owner, unet._faceid_attachment = adapter, adapter.at
+    adapter.at.owner = adapter
     return adapter
 
 def detach(adapter):
-    "Give the UNet its own processors and weights back, bit for bit."
-    if adapter.at is None: return adapter
-    if adapter.at.active:
-        raise ArgumentError('The adapter is in use', 'A condition() block is open',
-                            'Leave it before detaching')
-    adapter.at.remove()
-    del adapter.at.unet._faceid_attachment
-    adapter.at = None
+    "Give the UNet its own weights back, bit for bit; what others changed meanwhile stays theirs."
+    if adapter.at is not None: release(adapter.at)
     return adapter
 
 # %% ../nbs/method/07_adapter.ipynb #3b33cada
@@ -586,14 +718,11 @@ class FaceIDAdapter:
         # `AdapterWeights`, and the `Attachment` while there is one
         self.weights, self.at = weights, None
     @classmethod
-    def from_file(cls, path, lora=None, variant=None):
-        return cls(weights_from_file(path, lora, variant))
+    def from_file(cls, *args, **kwargs): return cls(weights_from_file(*args, **kwargs))
     @classmethod
-    def from_state(cls, image_proj, ip_adapter, variant=None, lora=None):
-        return cls(weights_from_state(image_proj, ip_adapter, variant, lora))
+    def from_state(cls, *args, **kwargs): return cls(weights_from_state(*args, **kwargs))
     @classmethod
-    def new(cls, unet, variant='faceid', *args, **kwargs):
-        return cls(fresh_weights(unet, variant, *args, **kwargs))
+    def new(cls, *args, **kwargs): return cls(fresh_weights(*args, **kwargs))
     attach, detach, condition = attach, detach, condition
     net, variant, lora, raw = map(_of_weights, ('net', 'variant', 'lora', 'raw'))
     num_tokens, embedding_dim = map(_of_weights, ('num_tokens', 'embedding_dim'))
@@ -603,11 +732,14 @@ class FaceIDAdapter:
         self.net.to(*args, **kwargs)
         return self
     @property
-    def attached(self): return self.at is not None
+    def attached(self): return self.at is not None and self.at.hook is not None
     @property
     def lora_weight(self): return self.at.lora.weight if self.at and self.at.lora else 0.
     @lora_weight.setter
-    def lora_weight(self, weight): check_lora(self.at).weigh(weight)
+    def lora_weight(self, weight):
+        lora = check_lora(self.at)
+        check_unfused(self.at.unet)
+        lora.weigh(weight)
 
 # %% ../nbs/method/07_adapter.ipynb #ea0e003d
 def structure_sweep(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FaceIDError', 'ArgumentError', 'GuidanceError', 'ImageError', 'NoFaceError', 'FaceChoiceError', 'LandmarksError',
            'CheckpointError', 'UnsafeCheckpointError', 'VariantError', 'BaseModelError', 'LoRAError',
-           'WeightsMissingError', 'PackMissingError']
+           'WeightsMissingError', 'PackMissingError', 'NotDrawnWarning']
 
 # %% ../nbs/method/00_errors.ipynb #38894000
 class FaceIDError(Exception):
@@ -70,3 +70,7 @@ class WeightsMissingError(FaceIDError, FileNotFoundError):
 
 class PackMissingError(WeightsMissingError):
     "A face pack (detector and recogniser) that is missing or incomplete."
+
+# %% ../nbs/method/00_errors.ipynb #0f010002
+class NotDrawnWarning(UserWarning):
+    "A face was asked for and nothing drew it."

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['folded', 'can_fold', 'lora_pairs', 'lora_key', 'normal_lora', 'read_lora', 'save_lora', 'lora_from_checkpoint',
-           'lora_into_checkpoint', 'Folded', 'Beside', 'LoRA']
+           'lora_into_checkpoint', 'fingerprint', 'share_left', 'without', 'do_nothing', 'refuse_pickle', 'Plain',
+           'is_dora', 'Folded', 'Beside', 'Branch', 'LoRA']
 
 # %% ../nbs/method/05_lora.ipynb #09ddf7c4
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .checkpoint import read_tensors
 from .errors import BaseModelError, LoRAError
 from .files import atomic
@@ -29,18 +31,24 @@ def can_fold(layer):
     """Whether the layer holds numbers to add to: quantised ones do not, offloaded ones keep
     theirs elsewhere."""
     w = layer.weight
-    plain = type(layer) in (nn.Linear, nn.Conv2d)
-    return plain and w.is_floating_point() and w.element_size() > 1 and not w.is_meta
+    if type(layer) not in (nn.Linear, nn.Conv2d) or w.is_meta: return False
+    # torchao's and quanto's weights are still called Linear, but are tensors of another kind
+    if is_traceable_wrapper_subclass(w.data): return False
+    return w.is_floating_point() and w.element_size() > 1
 
 # %% ../nbs/method/05_lora.ipynb #7ffa62d5
-def _find_layer(model, path):
-    "The layer that a LoRA names. Raises `LoRAError`."
+def _named_layer(model, path):
+    "The layer of this name, as it stands there: perhaps wrapped by peft. Raises `LoRAError`."
     try: layer = model.get_submodule(path)
     except AttributeError:
         raise LoRAError(f'The LoRA changes {path}', 'The model has no such layer',
                         'It belongs to another base model') from None
-    if isinstance(layer, nn.ModuleList): layer = layer[0]        # `to_out` stands for `to_out.0`
-    return getattr(layer, 'base_layer', layer)                   # a layer that peft wrapped
+    return layer[0] if isinstance(layer, nn.ModuleList) else layer    # `to_out` is `to_out.0`
+
+def _find_layer(model, path):
+    "The layer itself, out of peft's wrapper."
+    layer = _named_layer(model, path)
+    return getattr(layer, 'base_layer', layer)
 
 def check_pair(path, layer, down, up):
     "Raise `LoRAError` where the halves do not fit the layer."
@@ -220,70 +228,195 @@ def lora_into_checkpoint(lora: dict, processors) -> dict:
         out[f'{number}.to_{short}_lora.{half}.weight'] = tensor
     return out
 
+# %% ../nbs/method/05_lora.ipynb #5f010002
+def fingerprint(w):
+    "Two sums over the bits of a tensor: the same for the same numbers, on any device."
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = w.detach().contiguous().view(integers[w.element_size()]).long()
+    return bits.sum().item(), (bits*bits).sum().item()
+
+# %% ../nbs/method/05_lora.ipynb #5f010005
+def share_left(
+    w, ours, original,  # (out, in): what is there, what this LoRA had made of it, what was there before
+):
+    "How much of the LoRA's change is still in a weight: 1 all of it, 0 nothing."
+    change = ours.double() - original.double()
+    size = change.square().sum()
+    return ((w.double() - original.double())*change).sum()/size if size else size
+
+def without(w, ours, original):
+    "`w` less the LoRA's change, where it still holds it. Raises `LoRAError` where nobody can say."
+    left = float(share_left(w, ours, original))
+    if .3 < left < .7 or left != left:
+        raise LoRAError('A folded weight was changed by somebody else',
+                        f'Of the LoRA {left:.0%} seems to be left in it, which is neither all nor nothing',
+                        'Load the pipeline again, and detach before weights are changed')
+    if left < .5: return w
+    wide = torch.promote_types(w.dtype, torch.float32)
+    theirs = w.to(wide) - ours.to(wide)
+    return torch.where(theirs == 0, original.to(w.dtype), (original.to(wide) + theirs).to(w.dtype))
+
+# %% ../nbs/method/05_lora.ipynb #5f010008
+def do_nothing(*args, **kwargs):
+    "What a hook of ours is in a copy of the model."
+
+def refuse_pickle():
+    raise LoRAError('A model with an adapter attached was to be pickled', 'The LoRA is in its weights',
+                    'Detach first, or save with save_pretrained() or state_dict()')
+
+class Plain:
+    "The state dict of a folded layer, and its deep copies, without the LoRA."
+    def __init__(self, part): self.part = part   # a `Folded`
+    def __call__(self, layer, state, prefix, metadata):
+        name = prefix + 'weight'
+        if name in state and not layer.weight.is_meta: state[name] = self.part.plain()
+    def __deepcopy__(self, memo):
+        copied = memo.get(id(self.part.layer.weight))    # weights are copied before hooks
+        if copied is not None: copied.data = self.part.plain().clone()
+        return do_nothing
+    def __reduce__(self): return refuse_pickle()
+
+def is_dora(layer):
+    "Whether peft weighs this layer by the norm of its weight, into which nothing may be folded then."
+    return len(getattr(layer, 'lora_magnitude_vector', None) or ()) > 0
+
 # %% ../nbs/method/05_lora.ipynb #26b8fa19
 class Folded:
-    "The LoRA of one layer, inside its weight."
+    "The LoRA of one layer, inside its weight; what others do to that weight stays theirs."
     def __init__(self, layer, down, up):
-        self.layer, self.down, self.up = layer, down, up
-        self.original = layer.weight.detach()
+        self.layer, self.down, self.up, self.weight = layer, down, up, 0.
+        self.original = layer.weight.detach().cpu()  # on the host: a device holds a weight once
+        self.mark = None                             # of the weight as this LoRA left it
+        self.hook = layer.register_state_dict_post_hook(Plain(self))
+    def ours(self, like):
+        "The weight as this LoRA makes it, in the type and on the device of another."
+        w = folded(self.original.to(like.device), self.down, self.up, self.weight)
+        return w.to(self.original.dtype).to(like.dtype)
+    @torch.no_grad()
+    def plain(self):
+        "The weight without this LoRA: the very bits, unless others changed it. Raises `LoRAError`."
+        w = self.layer.weight.detach()
+        original = self.original.to(w.device)
+        if self.touched(): return without(w, self.ours(w), original)
+        return original
+    def touched(self): return self.mark is None or fingerprint(self.layer.weight) != self.mark
     @torch.no_grad()
     def weigh(self, weight):
-        w = self.layer.weight
-        w.data = folded(self.original.to(w.device), self.down, self.up, weight).to(w.dtype)
+        self.original = self.plain().cpu()
+        self.weight, w = weight, self.layer.weight
+        w.data = self.ours(w)
+        self.mark = fingerprint(w)
     def undo(self):
-        w = self.layer.weight
-        w.data = self.original.to(w.device, w.dtype)
+        self.layer.weight.data = self.plain()
+        self.mark, self.weight = None, 0.
+        self.hook.remove()
 
 # %% ../nbs/method/05_lora.ipynb #f6b2d45c
 class Beside:
     "The LoRA of one layer as a branch beside it, with gradients."
     def __init__(self, layer, down, up):
         self.down, self.up, self.weight = down, up, 1.
-        self.hook = layer.register_forward_hook(self)
+        self.hook = layer.register_forward_hook(Branch(self))
     def weigh(self, weight): self.weight = weight
     def undo(self): self.hook.remove()
-    def __call__(self, layer, args, out):
-        "The forward hook."
-        x = args[0]
+    def branch(self, x):
+        "What the LoRA adds to the layer's answer to x."
         down, up = (t.to(x.device, x.dtype) for t in (self.down, self.up))
-        return out + self.weight * ((x @ down.T) @ up.T).to(out.dtype)
+        return self.weight * ((x @ down.T) @ up.T)
+
+class Branch:
+    "The forward hook of a `Beside`; a deep copy of the layer is a plain layer."
+    def __init__(self, part): self.part = part
+    def __call__(self, layer, args, out): return out + self.part.branch(args[0]).to(out.dtype)
+    def __deepcopy__(self, memo): return do_nothing
+    def __reduce__(self): return refuse_pickle()
 
 # %% ../nbs/method/05_lora.ipynb #e44d73eb
-def check_present(parts):
-    "Raise `LoRAError` where a folded weight is elsewhere."
-    away = [p for p in parts.values() if isinstance(p, Folded) and p.layer.weight.is_meta]
-    if away:
-        raise LoRAError('The folded weights are not here to be changed',
-                        f'{len(away)} layers were offloaded after the LoRA was folded in',
-                        'Call pipe.remove_all_hooks() first, or offload before attaching')
+def stored_elsewhere(part):
+    "Of a folded layer that accelerate offloads: whether what it keeps has the LoRA in it."
+    kept = getattr(getattr(part.layer, '_hf_hook', None), 'weights_map', None)
+    try: w = kept['weight']
+    except (KeyError, TypeError): return False
+    return fingerprint(w) == part.mark
+
+def groups_above(model, path):
+    "diffusers' group offloading on this layer or around it: its groups of weights."
+    module, modules = model, [model]
+    for name in path.split('.'):
+        module = getattr(module, name)
+        modules.append(module)
+    hooks = [getattr(m, '_diffusers_hook', None) for m in modules]
+    hooks = [h.get_hook('group_offloading') for h in hooks if h is not None]
+    return [h.group for h in hooks if h is not None]
+
+# %% ../nbs/method/05_lora.ipynb #5f010011
+def keeps_copies(group):
+    "Whether a group overwrites weights with copies of its own: streams and disks do."
+    return group.stream is not None or group.offload_to_disk_path is not None
+
+def check_reachable(model, parts):
+    "Raise `LoRAError` before half of something is undone that cannot be undone as a whole."
+    for path, part in parts.items():
+        if not isinstance(part, Folded): continue
+        layer = _find_layer(model, path)
+        if layer is not part.layer or not (can_fold(layer) or layer.weight.is_meta):
+            raise LoRAError(f'The LoRA was folded into {path}, which is another layer by now',
+                f'Found {type(layer).__name__} with a weight of {type(layer.weight.data).__name__}',
+                'Quantise before attaching; this model has to be loaded again')
+        copies = any(keeps_copies(group) for group in groups_above(model, path))
+        if copies or layer.weight.is_meta and stored_elsewhere(part):
+            raise LoRAError('The folded weights are not here to be changed',
+                            f'{path} was offloaded after the LoRA was folded in',
+                            'Remove the offloading hooks first, or offload before attaching')
+
+# %% ../nbs/method/05_lora.ipynb #5f010012
+def place(lora, path):
+    "Put the halves of one layer where they can be."
+    _, down, up = lora.pairs[path]
+    wrapper, layer = _named_layer(lora.model, path), _find_layer(lora.model, path)
+    if is_dora(wrapper): return Beside(wrapper, down, up)
+    fits = lora.fold and can_fold(layer) and not groups_above(lora.model, path)
+    return Folded(layer, down, up) if fits else Beside(layer, down, up)
+
+def settle(lora):
+    "Look what others did since: the LoRA is in all layers again, beside what is theirs."
+    check_reachable(lora.model, lora.parts)
+    for path, part in lora.parts.items():
+        if not isinstance(part, Folded): continue
+        moved = part.layer.weight.is_meta
+        if moved or is_dora(_named_layer(lora.model, path)):
+            if not moved: part.undo()
+            part.hook.remove()
+            part = lora.parts[path] = place(lora, path)
+        if isinstance(part, Beside) or part.touched(): part.weigh(lora.weight)
+    return lora
 
 # %% ../nbs/method/05_lora.ipynb #e4690f4f
 class LoRA:
     "A LoRA on a model: `weigh` changes its weight, `undo` takes it off again, bit for bit."
-    def __init__(self,
-        model,        # holds the layers that the LoRA names
-        lora,         # {'<path>.down': (r, in), '<path>.up': (out, r)}
-        weight=1.0,   # 0: off
-        fold=True,    # False: as a branch beside the layer, with gradients
-    ):
-        self.weight, self.parts = weight, {}
+    def __init__(self, model, lora, weight=1.0, fold=True):
+        # model holds the layers; lora is {'<path>.down': (r, in), '<path>.up': (out, r)}; weight
+        # 0 is off; fold=False puts it beside the layers, with gradients
+        self.model, self.weight, self.fold, self.parts = model, weight, fold, {}
         self.pairs = lora_pairs(model, lora)      # checks everything before anything is changed
         try:
-            for path, pair in self.pairs.items():
-                self.parts[path] = Folded(*pair) if fold and can_fold(pair[0]) else Beside(*pair)
+            for path in self.pairs: self.parts[path] = place(self, path)
             self.weigh(weight)
         except BaseException:
             self.undo()
             raise
+    settle = settle
     @property
     def hooks(self): return [part.hook for part in self.parts.values() if isinstance(part, Beside)]
     def weigh(self, weight):
-        check_present(self.parts)
-        for part in self.parts.values(): part.weigh(weight)
         self.weight = weight
+        settle(self)
+        for part in self.parts.values(): part.weigh(weight)
         return self
     def undo(self):
-        "Restore the layers: the very numbers that were there."
-        check_present(self.parts)
-        for part in self.parts.values(): part.undo()
+        "Restore the layers: the very numbers that were there, or others' without ours."
+        check_reachable(self.model, self.parts)
+        for part in self.parts.values():
+            if not (isinstance(part, Folded) and part.layer.weight.is_meta): part.undo()
+            part.hook.remove()
         self.parts = {}

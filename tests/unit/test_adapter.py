@@ -1,14 +1,15 @@
 """The adapter on whole pipelines: golden cases, rows, guidance, restoring."""
 import itertools
 import pytest, torch
-from diffusers import (
-    ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline, StableDiffusionInstructPix2PixPipeline, StableDiffusionPAGPipeline,
-    UNet2DConditionModel)
+from diffusers import (ControlNetModel, SemanticStableDiffusionPipeline, StableDiffusionControlNetPipeline,
+                       StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline,
+                       StableDiffusionInstructPix2PixPipeline, StableDiffusionPAGPipeline,
+                       StableDiffusionPanoramaPipeline, StableDiffusionPipeline, StableDiffusionSAGPipeline,
+                       UNet2DConditionModel)
 from transformers import CLIPImageProcessor
 import goldens_build as G
 from faceid_nb import checkpoint as C
-from faceid_nb.adapter import CrossLayers, FaceIDAdapter, face_embeddings
+from faceid_nb.adapter import FaceIDAdapter, face_embeddings
 from faceid_nb.errors import ArgumentError, BaseModelError, GuidanceError, LoRAError
 from faceid_nb.face import Face
 from faceid_nb.lora import LoRA
@@ -77,13 +78,13 @@ def draw(pipe, prompts, seeds, gs=7.5, steps=2, k=1, **kw):
 
 def dist(a, b): return (a - b).abs().max().item()
 def snapshot(unet):
-    weights = {k: v.clone() for k, v in unet.state_dict().items()}
+    weights = {k: v.detach().clone() for k, v in unet.named_parameters()}
     return weights, dict(unet.attn_processors), len(unet._forward_pre_hooks)
 
 
 def same(unet, snap):
     state, procs, hooks = snap
-    now = unet.state_dict()
+    now = dict(unet.named_parameters())
     weights = now.keys() == state.keys() and all(torch.equal(v, state[k]) for k, v in now.items())
     no_hooks = len(unet._forward_pre_hooks) == hooks and not any(m._forward_hooks for m in unet.modules())
     return weights and procs == dict(unet.attn_processors) and no_hooks
@@ -169,13 +170,85 @@ def test_two_generations_in_one_block_of_equal_size_but_other_layout(pipe, adapt
         both = draw(pipe, ['a', 'b'], [1, 2], 1.0)          # two rows: two samples
     with adapter.condition(E[0]): assert dist(draw(pipe, ['a'], [1], 1.0), both[:1]) < G.TOLERANCE
 
-def test_same_prompt_same_seed_without_guidance_is_asked_about(pipe, adapter):
+def test_same_prompt_same_seed_without_guidance(pipe, adapter):
+    "The rows look like the halves of guidance; the pipeline says that they are none."
     adapter.attach(pipe)
-    draw(pipe, ['a'], [1], 1.0)                      # the pipeline now says: no guidance
-    with adapter.condition(E[0]), pytest.raises(GuidanceError, match='guidance=1'):
-        draw(pipe, ['a', 'b'], [1, 1], 1.0)
-    with adapter.condition(E[0], guidance=1): both = draw(pipe, ['a', 'b'], [1, 1], 1.0)
-    with adapter.condition(E[0]): assert dist(draw(pipe, ['b'], [1], 1.0), both[1:]) < G.TOLERANCE
+    with adapter.condition(E[0]): both = draw(pipe, ['a', 'b'], [1, 1], 1.0)
+    with adapter.condition(E[0]): alone = draw(pipe, ['b'], [1], 1.0)
+    assert dist(alone, both[1:]) < G.TOLERANCE
+
+
+def test_a_sibling_speaks_for_itself(pipe, adapter):
+    "The pipeline that was attached ran last without guidance; another one on the same UNet has it."
+    sibling = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    sibling.set_progress_bar_config(disable=True)
+    adapter.attach(pipe)
+    with adapter.condition(E[0]): want = draw(pipe, ['a'], [1])
+    with adapter.condition(E[0]): draw(pipe, ['a'], [1], 1.)
+    with adapter.condition(E[0]): assert torch.equal(draw(sibling, ['a'], [1]), want)
+
+
+def test_halves_that_a_hook_made_unequal(pipe, adapter):
+    "The pipeline says that it guides: its word counts more than the look of the batch."
+    adapter.attach(pipe)
+    def shift(unet, args, kwargs):
+        x = args[0].clone()
+        x[1] += .1
+        return (x, *args[1:]), kwargs
+    hook = pipe.unet.register_forward_pre_hook(shift, with_kwargs=True, prepend=True)
+    with adapter.condition(E[0]) as c: draw(pipe, ['a'], [1])
+    hook.remove()
+    assert c.reads.tolist() == [False, True]
+
+
+def test_runs_once_a_condition(pipe, adapter):
+    "A loop of one's own: without prompt, then with; the same as both in one batch."
+    adapter.attach(pipe)
+    g = torch.Generator().manual_seed(0)
+    x, words = torch.randn(1, 4, 8, 8, generator=g), torch.randn(2, 77, 64, generator=g)
+    def run(x, text): return pipe.unet(x, 500, encoder_hidden_states=text).sample
+    with torch.no_grad(), adapter.condition(E[0]): want = run(x.repeat(2, 1, 1, 1), words)
+    with torch.no_grad(), adapter.condition(E[0], guidance=1) as c:
+        with c.unconditional(): nobody = run(x, words[:1])
+        someone = run(x, words[1:])
+    assert dist(torch.cat([nobody, someone]), want) < 1e-5
+
+
+def test_self_attention_guidance(pipe, adapter):
+    "It runs the UNet a second time for the rows without prompt, which read nobody."
+    sag = other_pipeline(StableDiffusionSAGPipeline, pipe)
+    adapter.attach(pipe)
+    seen = []
+    with adapter.condition(E[0]) as c:
+        hook = pipe.unet.register_forward_hook(lambda *a: seen.append(c.reads.tolist()))
+        sag('a', num_inference_steps=1, sag_scale=.7, width=64, height=64, output_type='latent')
+        hook.remove()
+    assert seen == [[False, True], [False]]
+
+
+def test_panorama_has_its_views_side_by_side(pipe, adapter):
+    wide = other_pipeline(StableDiffusionPanoramaPipeline, pipe)
+    adapter.attach(pipe)
+    size = dict(width=576, height=512, view_batch_size=2)           # two views, one run
+    with adapter.condition(E[0]) as c: wide('a', num_inference_steps=1, output_type='latent', **size)
+    assert c.reads.tolist() == [False, True]*2
+
+
+def test_a_pipeline_with_ways_of_its_own_is_refused(pipe, adapter):
+    edits = other_pipeline(SemanticStableDiffusionPipeline, pipe)
+    adapter.attach(pipe)
+    with adapter.condition(E[0]), pytest.raises(GuidanceError, match='way of its own'):
+        edits('a', editing_prompt='b', num_inference_steps=1, **SMALL)
+
+
+@pytest.mark.parametrize('guidance_scale, rows', [(7.5, [False, True, True]), (1., [True, True])])
+def test_perturbed_attention_guidance(pipe, adapter, guidance_scale, rows):
+    p = other_pipeline(StableDiffusionPAGPipeline, pipe, pag_applied_layers=['mid'])
+    adapter.attach(pipe)
+    usual = dict(pipe.unet.attn_processors)
+    with adapter.condition(E[0]) as c: p('a', num_inference_steps=2, guidance_scale=guidance_scale, **SMALL)
+    assert c.reads.tolist() == rows
+    assert pipe.unet.attn_processors == usual
 
 @pytest.mark.parametrize('faces,prompts,k', [(2, 3, 1), (3, 2, 1), (2, 2, 3), (2, 1, 1)])
 def test_wrong_number_of_faces(pipe, adapter, faces, prompts, k):
@@ -223,11 +296,11 @@ def test_exception_inside_restores(pipe, adapter):
     adapter.detach()
     assert same(pipe.unet, snap)
 
-@pytest.mark.parametrize('where', ['install', 'register_forward_pre_hook', 'weigh'])
+@pytest.mark.parametrize('where', ['register_forward_pre_hook', 'weigh'])
 @pytest.mark.parametrize('fold', [True, False])
 def test_exception_while_attaching_restores(pipe, adapter, monkeypatch, where, fold):
     snap = snapshot(pipe.unet)
-    owner = {'install': CrossLayers, 'weigh': LoRA, 'register_forward_pre_hook': type(pipe.unet)}[where]
+    owner = {'weigh': LoRA, 'register_forward_pre_hook': type(pipe.unet)}[where]
     real = getattr(owner, where)
     def broken(self, *a, **k):
         real(self, *a, **k) if where != 'register_forward_pre_hook' else None
@@ -509,13 +582,6 @@ def test_bases_with_more_latent_channels():
     y = x[:1].repeat(2, 1, 1, 1)
     y[1, 5:] += 1
     assert reads(1, y) == [True, True]
-
-def test_perturbed_attention_guidance_is_refused(pipe, adapter):
-    p = other_pipeline(StableDiffusionPAGPipeline, pipe, pag_applied_layers=['mid'])
-    adapter.attach(pipe)
-    with adapter.condition(E[0]), pytest.raises(GuidanceError, match='Perturbed'):
-        p('a', num_inference_steps=2, **SMALL)
-    pipe.unet.set_attn_processor({k: v for k, v in pipe.unet.attn_processors.items()})
 
 def random_unet(pick):
     "A UNet of random shape."

@@ -1,5 +1,6 @@
 """Decoupled attention: equal to diffusers' at random shapes, rows of a batch, constants of a generation."""
 import itertools
+from types import SimpleNamespace
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from diffusers.models.attention_processor import (
@@ -8,7 +9,7 @@ from diffusers.models.attention_processor import (
 from faceid_nb.attention import (
     DecoupledAttention, attend, attention_weights, check_processor, cross_attention_layers, split_heads)
 from faceid_nb.errors import ArgumentError, GuidanceError
-from faceid_nb.guidance import guidance_rows
+from faceid_nb.guidance import Caller, guidance_rows
 import goldens_build as G
 
 quick = settings(max_examples=25, deadline=None)
@@ -110,6 +111,9 @@ def test_record():
 
 # --- rows
 
+def guiding(on): return Caller(SimpleNamespace(do_classifier_free_guidance=on))
+
+
 def rows(*a, **k): return tuple(t.tolist() for t in guidance_rows(*a, **k))
 
 @pytest.mark.parametrize('n,parts', itertools.product(range(1, 6), (1, 2, 3)))
@@ -129,16 +133,22 @@ def test_one_identity_serves_any_number_of_samples(m, parts):
 @pytest.mark.parametrize('batch,n,kw', [
     (5, 2, {}), (6, 4, {}), (8, 2, {}), (3, 2, {}), (3, 1, {}), (6, 2, {}),
     (7, 2, dict(parts=2)), (4, 2, dict(parts=1)), (4, 2, dict(parts=4)),
-    (4, 2, dict(repeats=lambda p: False)), (2, 2, dict(says=True)), (4, 2, dict(says=False))])
+    (4, 2, dict(repeats=lambda p: False)), (2, 2, dict(caller=guiding(True))),
+    (4, 2, dict(caller=guiding(False))), (4, 2, dict(parts=(False, True, True)))])
 def test_rows_refused(batch, n, kw):
     with pytest.raises(GuidanceError) as e: guidance_rows(batch, n, **kw)
     assert f'{batch} rows' in str(e.value)
 
-def test_rows_believe_the_batch_when_the_pipeline_agrees():
-    assert rows(4, 2, says=True)[1] == [False, False, True, True]
-    assert rows(2, 2, says=False)[1] == [True, True]
-    # an old answer of the pipeline: the rows differ, so no guidance
-    assert rows(2, 2, says=True, repeats=lambda p: False)[1] == [True, True]
+def test_rows_believe_the_pipeline():
+    assert rows(4, 2, caller=guiding(True), repeats=lambda p: False)[1] == [False, False, True, True]
+
+
+def test_rows_believe_that_there_is_no_guidance():
+    assert rows(2, 1, caller=guiding(False))[1] == [True, True]
+
+
+def test_rows_as_they_were_declared():
+    assert rows(6, 2, (False, True, True))[1] == [False]*2 + [True]*4
 
 # --- the UNet's layers
 

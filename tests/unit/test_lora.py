@@ -30,10 +30,10 @@ def lora_of(net, r, seed=0, conv=True):
     return lora | ({'conv.down': rand(r, 3, 3, 3), 'conv.up': rand(4, r, 1, 1)} if conv else {})
 
 
-def snapshot(net): return {k: v.clone() for k, v in net.state_dict().items()}
+def snapshot(net): return {k: v.detach().clone() for k, v in net.named_parameters()}
 
 
-def same(net, snap): return all(torch.equal(v, snap[k]) for k, v in net.state_dict().items())
+def same(net, snap): return all(torch.equal(v, snap[k]) for k, v in net.named_parameters())
 
 
 def inside(lora): return {path for path, part in lora.parts.items() if isinstance(part, Folded)}
@@ -155,10 +155,12 @@ def test_errors_leave_the_model_alone(change, word):
 
 def break_weighing(monkeypatch):
     "Two layers are changed, then there is no memory left."
-    def fail(self, weight):
-        for path, (layer, down, up) in list(self.pairs.items())[:2]: layer.weight.data = layer.weight.data + 1
-        raise MemoryError('no memory left')
-    monkeypatch.setattr(LoRA, 'weigh', fail)
+    calls, real = [], Folded.weigh
+    def third(self, weight):
+        calls.append(1)
+        if len(calls) == 3: raise MemoryError('no memory left')
+        real(self, weight)
+    monkeypatch.setattr(Folded, 'weigh', third)
 
 
 def break_the_third_hook(monkeypatch):
@@ -211,14 +213,211 @@ def test_offloaded_before_it_runs_beside(offload):
     assert (net(x) - bare).abs().max() < 1e-6
 
 
-def test_offloaded_after_it_is_a_clear_error_never_half(offload):
+def test_offloaded_after_it_runs_beside(offload):
+    "What accelerate keeps is the state dict, and that is plain."
+    net, lora, x, bare, want = offload
+    l = LoRA(net, lora)
+    cpu_offload(net, torch.device('cpu'))
+    l.settle()
+    assert not inside(l) and close(net(x), want)
+
+
+def test_offloaded_after_it_can_be_taken_off(offload):
     net, lora, x, bare, want = offload
     before = snapshot(net)
     l = LoRA(net, lora)
     cpu_offload(net, torch.device('cpu'))
-    for change in (l.undo, lambda: l.weigh(.5)):
-        with pytest.raises(LoRAError, match='remove_all_hooks'): change()
-    assert close(net(x), want)
-    remove_hook_from_submodules(net)
     l.undo()
+    assert torch.equal(net(x), bare)
+    remove_hook_from_submodules(net)
     assert same(net, before)
+
+
+def test_offloaded_with_the_lora_in_it_is_refused_before_anything_is_lost(offload):
+    net, lora, x, bare, want = offload
+    l = LoRA(net, lora)
+    kept = {k: v.detach().clone() for k, v in net.named_parameters()}
+    cpu_offload(net, torch.device('cpu'), state_dict=kept)
+    for change in (l.undo, lambda: l.weigh(.5)):
+        with pytest.raises(LoRAError, match='offloaded after'): change()
+    assert close(net(x), want)
+
+
+# --- what others do to a folded weight
+
+@pytest.fixture
+def owned():
+    "A wide net, what it was, a LoRA on it, and somebody's style for its first layer."
+    torch.manual_seed(0)
+    net = Net(64, 48)
+    before = snapshot(net)
+    return net, before, LoRA(net, lora_of(net, 2)), .1*torch.randn(48, 64)
+
+
+def test_a_style_fused_meanwhile_stays(owned):
+    net, before, l, style = owned
+    net.a.weight.data += style
+    l.weigh(.3).undo()
+    assert (net.a.weight - before['a.weight'] - style).abs().max() < 1e-5
+    assert torch.equal(net.b.weight, before['b.weight'])
+
+
+def test_a_style_fused_in_some_places_leaves_the_others_bit_for_bit(owned):
+    net, before, l, style = owned
+    net.a.weight.data[:3] += style[:3]
+    l.undo()
+    assert torch.equal(net.a.weight[3:], before['a.weight'][3:])
+
+
+def test_a_style_fused_at_weight_zero_stays(owned):
+    net, before, l, style = owned
+    l.weigh(0.)
+    net.a.weight.data += style
+    l.undo()
+    assert torch.equal(net.a.weight, before['a.weight'] + style)
+
+
+@pytest.mark.parametrize('put', [
+    lambda net, w: net.load_state_dict(net.state_dict() | {'a.weight': w}),
+    lambda net, w: net.a.weight.data.copy_(w),
+    lambda net, w: setattr(net.a.weight, 'data', w),
+    lambda net, w: setattr(net.a, 'weight', nn.Parameter(w))])
+def test_another_weight_in_its_place_stays(owned, put):
+    net, before, l, style = owned
+    w = before['a.weight'] + style
+    put(net, w.clone())
+    l.undo()
+    assert torch.equal(net.a.weight, w)
+
+
+def test_another_weight_gets_the_lora_on_settling(owned):
+    net, before, l, style = owned
+    change = net.a.weight.detach() - before['a.weight']
+    net.a.weight.data.copy_(before['a.weight'] + style)
+    l.settle()
+    assert (net.a.weight - before['a.weight'] - style - change).abs().max() < 1e-5
+
+
+def test_half_of_the_change_is_refused(owned):
+    net, before, l, style = owned
+    net.a.weight.data = (net.a.weight.data + before['a.weight'])/2
+    with pytest.raises(LoRAError, match='50%'): l.undo()
+
+
+def test_another_type_comes_back_in_it(owned):
+    net, before, l, style = owned
+    net.half()
+    l.undo()
+    assert all(torch.equal(v, before[k].half()) for k, v in net.named_parameters())
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda net: copy.deepcopy(net.a)])
+def test_a_deep_copy_is_plain(owned, copied):
+    net, before, l, style = owned
+    other = copied(net)
+    assert torch.equal(getattr(other, 'a', other).weight, before['a.weight'])
+
+
+def test_a_deep_copy_runs_saves_and_is_its_own(owned):
+    net, before, l, style = owned
+    other = copy.deepcopy(net)
+    other.a.weight.data += 1
+    l.undo()
+    assert torch.equal(other.state_dict()['a.weight'], before['a.weight'] + 1)
+
+
+def test_a_deep_copy_beside_is_plain(owned):
+    net, before, l, style = owned
+    l.undo()
+    x, bare = torch.randn(2, 64), None
+    bare = net(x)
+    LoRA(net, lora_of(net, 2, conv=False), fold=False)
+    assert not torch.equal(net(x), bare)
+    assert torch.equal(copy.deepcopy(net)(x), bare)
+
+
+def test_a_pickle_is_refused(owned, tmp_path):
+    net, before, l, style = owned
+    with pytest.raises(LoRAError, match='save_pretrained'): torch.save(net, tmp_path/'net.pt')
+
+
+def test_a_state_dict_is_plain(owned):
+    net, before, l, style = owned
+    assert all(torch.equal(w, before[k]) for k, w in net.state_dict().items())
+
+
+def test_a_state_dict_holds_what_was_fused_meanwhile(owned):
+    net, before, l, style = owned
+    net.a.weight.data += style
+    assert (net.state_dict()['a.weight'] - before['a.weight'] - style).abs().max() < 1e-5
+
+
+def test_undo_leaves_no_hook(owned):
+    net, before, l, style = owned
+    l.undo()
+    assert not any(m._state_dict_hooks for m in net.modules())
+
+
+def test_a_layer_replaced_meanwhile_is_refused(owned):
+    net, before, l, style = owned
+    net.a = nn.Linear(64, 48)
+    with pytest.raises(LoRAError, match='another layer by now'): l.undo()
+    assert not torch.equal(net.b.weight, before['b.weight'])
+
+
+@pytest.mark.parametrize('cut', range(1, 6))
+def test_an_interrupted_undo_is_finished_by_the_next(owned, monkeypatch, cut):
+    net, before, l, style = owned
+    calls, real = [], Folded.touched
+    def interrupted(self):
+        calls.append(1)
+        if len(calls) == cut: raise KeyboardInterrupt
+        return real(self)
+    monkeypatch.setattr(Folded, 'touched', interrupted)
+    try: l.undo()
+    except KeyboardInterrupt: l.undo()
+    assert same(net, before)
+
+
+def test_a_dora_of_somebody_reads_the_plain_weight():
+    "It weighs a layer by the norm of its weight: nothing may be folded into that."
+    net = Net(64, 48)
+    inject_adapter_in_model(LoraConfig(r=2, use_dora=True, target_modules=['a'], init_lora_weights=False),
+                            net)
+    x = torch.randn(3, 64)
+    dora = net.a(x)
+    pair = {'a.down': torch.randn(2, 64), 'a.up': torch.randn(48, 2)}
+    LoRA(net, pair)
+    assert close(net.a(x), dora + x @ pair['a.down'].T @ pair['a.up'].T)
+
+
+def test_a_dora_that_comes_later_is_noticed():
+    torch.manual_seed(0)
+    net = Net(64, 48)
+    pair = {'a.down': torch.randn(2, 64), 'a.up': torch.randn(48, 2)}
+    l = LoRA(net, pair)
+    inject_adapter_in_model(LoraConfig(r=2, use_dora=True, target_modules=['a'], init_lora_weights=False),
+                            net)
+    l.settle()
+    assert not inside(l)
+
+
+def group_offload(net, **how):
+    from diffusers.hooks import apply_group_offloading
+    here = torch.device('cpu')
+    apply_group_offloading(net, here, here, offload_type='leaf_level', **how)
+
+
+def test_group_offload_before_runs_beside(offload):
+    net, lora, x, bare, want = offload
+    group_offload(net)
+    l = LoRA(net, lora)
+    assert not inside(l) and close(net(x), want)
+
+
+def test_group_offload_to_disk_after_refuses_to_be_undone(offload, tmp_path):
+    "The disk has the folded weights, and would bring them back."
+    net, lora, x, bare, want = offload
+    l = LoRA(net, lora)
+    group_offload(net, offload_to_disk_path=str(tmp_path))
+    with pytest.raises(LoRAError, match='offloaded after'): l.undo()
