@@ -459,6 +459,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'faceid_nb/encoder.py'),
                                    'faceid_nb.encoder.StructureEncoder.pixels': ( 'variants/plus.html#structureencoder.pixels',
                                                                                   'faceid_nb/encoder.py'),
+                                   'faceid_nb.encoder.StructureEncoder.read': ( 'variants/plus.html#structureencoder.read',
+                                                                                'faceid_nb/encoder.py'),
                                    'faceid_nb.encoder.StructureEncoder.states': ( 'variants/plus.html#structureencoder.states',
                                                                                   'faceid_nb/encoder.py'),
                                    'faceid_nb.encoder._wide': ('variants/plus.html#_wide', 'faceid_nb/encoder.py'),

@@ -63,7 +63,8 @@ class StructureEncoder:
     def __init__(self, model, device=None, dtype=None):  # a transformers CLIPVisionModel
         from transformers import CLIPImageProcessor          # heavy, as above
         self.size, self.width = model.config.image_size, model.config.hidden_size
-        self.model, self._nobody = model.to(device, dtype).eval().requires_grad_(False), None
+        self.model, self._nobody = model.to(dtype=dtype).eval().requires_grad_(False), None
+        self.device = torch.device(device or model.device)   # where it reads, and only then is
         square = {'height': self.size, 'width': self.size}
         self.processor = CLIPImageProcessor(size={'shortest_edge': self.size}, crop_size=square)
     @classmethod
@@ -81,9 +82,15 @@ class StructureEncoder:
         p = next(self.model.parameters())
         seen = self.model(pixels.to(p.device, p.dtype), output_hidden_states=True)
         return seen.hidden_states[-2].float()
-    def __call__(self, images): return self.states(self.pixels(images))
+    def read(self, pixels):
+        "`states` on its device; the model is there no longer than that: a loop needs the room."
+        home = next(self.model.parameters()).device
+        self.model.to(self.device)
+        try: return self.states(pixels)
+        finally: self.model.to(home)
+    def __call__(self, images): return self.read(self.pixels(images))
     def nobody(self):
         "States of all-zero pixels, (1, L, width): the original's unconditional rows read them."
-        if self._nobody is None: self._nobody = self.states(torch.zeros(1, 3, self.size, self.size))
+        if self._nobody is None: self._nobody = self.read(torch.zeros(1, 3, self.size, self.size))
         return self._nobody
     def check(self, wanted): return check_width(self.width, wanted) or self

@@ -296,6 +296,7 @@ class Folded:
     def plain(self):
         "The weight without this LoRA: the very bits, unless others changed it. Raises `LoRAError`."
         w = self.layer.weight.detach()
+        if not self.weight: return w
         original = self.original.to(w.device)
         if self.touched(): return without(w, self.ours(w), original)
         return original

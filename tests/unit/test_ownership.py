@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.attention_processor import AttnAddedKVProcessor
 from torch import nn
 
@@ -349,3 +349,30 @@ def test_the_adapter_in_half_precision(pipe, kind):
     adapter = FaceIDAdapter.from_state(**G.state(CKPT)).attach(pipe)
     want = face(adapter, pipe)
     assert apart(face(getattr(adapter.net, kind)() and adapter, pipe), want) < .05
+
+
+# --- torch.compile
+
+COMPILED = {
+    'the UNet': lambda pipe, how: setattr(pipe, 'unet', torch.compile(pipe.unet, **how)),
+    'in place': lambda pipe, how: pipe.unet.compile(**how),
+    'repeated blocks': lambda pipe, how: pipe.unet.compile_repeated_blocks(**how)}
+
+
+@pytest.mark.parametrize('form', COMPILED)
+def test_compiled_without_a_break(pipe, adapter, form):
+    want, bare = face(adapter, pipe), draw(pipe)
+    torch._dynamo.reset()
+    COMPILED[form](pipe, dict(backend='eager', fullgraph=True))
+    assert torch.equal(face(adapter, pipe), want)
+    assert torch.equal(draw(pipe), bare)
+
+
+def test_animate_diff_made_from_it_says_that_no_face_was_drawn(pipe, adapter):
+    "It copies the UNet's weights into a model of its own: the plain ones."
+    unet = UNetMotionModel.from_unet2d(pipe.unet,
+                                       MotionAdapter(motion_num_attention_heads=2, motion_norm_num_groups=8,
+                                                     block_out_channels=pipe.unet.config.block_out_channels,
+                                                     motion_layers_per_block=pipe.unet.config.layers_per_block))
+    plain = dict(G.pipeline('sd').unet.named_parameters())
+    assert torch.equal(dict(unet.named_parameters())[PATH + '.weight'], plain[PATH + '.weight'])
