@@ -10,6 +10,7 @@ __all__ = ['BASES', 'VARIANTS', 'pickle_globals', 'sniff', 'read_tensors', 'base
 # %% ../nbs/method/06_checkpoint.ipynb #cb6cbba9
 import io, pickletools, re, zipfile
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,11 +20,14 @@ from .errors import (
 from .files import atomic
 
 # %% ../nbs/method/06_checkpoint.ipynb #5b1f52ad
-def pickle_globals(data: bytes) -> list:  # one pickle, or several in a row
+def pickle_globals(
+    data,     # bytes of one pickle, or of several in a row; or an open file of them
+    most=None,  # look at so many pickles at most
+) -> list:
     "Names that pickles would import, in order, found without running them."
-    names, file = [], io.BytesIO(data)
+    names, file = [], io.BytesIO(data) if isinstance(data, bytes) else data
     try:
-        while file.tell() < len(data):
+        for _ in range(most) if most else count():
             memo, strings = [], []
             for op, arg, _ in pickletools.genops(file):
                 if op.name in ('GLOBAL', 'INST'): names.append(arg.replace(' ', '.'))
@@ -32,7 +36,7 @@ def pickle_globals(data: bytes) -> list:  # one pickle, or several in a row
                 elif op.name in ('BINGET', 'LONG_BINGET') and arg < len(memo):
                     strings.append(memo[arg])
                 elif isinstance(arg, str): strings.append(arg)
-    except Exception: pass  # no pickle, or a broken one: what was seen so far
+    except Exception: pass  # no pickle more, or a broken one: what was seen so far
     return list(dict.fromkeys(names))
 
 # %% ../nbs/method/06_checkpoint.ipynb #90e590fa
@@ -94,20 +98,39 @@ def _read_safetensors(path):
 
 # %% ../nbs/method/06_checkpoint.ipynb #2a018dab
 _TENSOR_NAMES = re.compile(
-    r'(collections\.OrderedDict|torch\._utils\._rebuild_\w+|torch\.(storage\.)?\w*Storage'
-    r'|torch\.(Size|device|dtype)|torch\._tensor\.\w+|torch\.nn\.parameter\.\w+)$')
+    r'(collections\.(OrderedDict|Counter)|torch\._utils\._rebuild_\w+|torch\.(storage\.)?\w*Storage'
+    r'|torch\.(Size|device|dtype)|torch\.\w*(float|int|bool|complex)\w*|torch\._tensor\.\w+'
+    r'|torch\.nn\.parameter\.\w+|_codecs\.encode|(__)?builtin(__|s)\.(set|complex))')
+_BEFORE_STORAGES = 5   # pickles in a file of the old layout; behind them numbers begin
 
-def _pickle_bytes(path, kind):
-    "The pickles in a file, one behind the other."
-    try:
-        if kind == 'pickle': return path.read_bytes()
+def _names_in(path, kind):
+    "What the pickles in a file ask for."
+    if kind == 'zip':
         with zipfile.ZipFile(path) as z:
-            return b''.join(z.read(n) for n in z.namelist() if n.endswith('.pkl'))
-    except Exception: return b''
+            return pickle_globals(b''.join(z.read(n) for n in z.namelist() if n.endswith('.pkl')))
+    with open(path, 'rb') as f: return pickle_globals(f, _BEFORE_STORAGES)
 
-def _foreign_names(path, kind):
-    "What a file asks for beyond tensors."
-    return [n for n in pickle_globals(_pickle_bytes(path, kind)) if not _TENSOR_NAMES.match(n)]
+def check_asks_for_tensors(path, kind):
+    "Raise `UnsafeCheckpointError` where a file asks for more than tensors need."
+    foreign = [n for n in _names_in(path, kind) if not _TENSOR_NAMES.fullmatch(n)]
+    if not foreign: return
+    raise UnsafeCheckpointError(f'{path.name} would run code when loaded, so it was not loaded',
+                                f'It asks for {", ".join(foreign[:4])}',
+                                'Use the .safetensors file, or another source for this one')
+
+# %% ../nbs/method/06_checkpoint.ipynb #5ab5398c
+def check_amount(path, amount, what):
+    "Raise `CheckpointError` where a file pretends to hold much more than it can."
+    size = path.stat().st_size
+    if amount <= 4*size + (1 << 20): return
+    raise CheckpointError(f'{path.name} pretends to be larger than it is',
+                          f'{amount:,} bytes of {what} in a file of {size:,}', _AGAIN)
+
+def check_archive(path):
+    "Raise for an archive without an end, and for one that unpacks to far more than it is."
+    if not zipfile.is_zipfile(path): raise EOFError('the end of the archive is missing')
+    with zipfile.ZipFile(path) as z:
+        check_amount(path, sum(member.file_size for member in z.infolist()), 'members')
 
 # %% ../nbs/method/06_checkpoint.ipynb #9e0660ee
 def _first_reason(error):
@@ -119,19 +142,36 @@ def _first_reason(error):
 def _read_pickle(path, kind):
     "What a PyTorch file holds; tensors and plain containers only, no code runs."
     try:
-        if kind == 'zip' and not zipfile.is_zipfile(path):
-            raise EOFError('the end of the archive is missing')
+        if kind == 'zip': check_archive(path)
+        check_asks_for_tensors(path, kind)
         # by name it would go by the suffix
         with open(path, 'rb') as f: return torch.load(f, map_location='cpu', weights_only=True), {}
+    except CheckpointError: raise
     except Exception as e:
-        if foreign := _foreign_names(path, kind):
-            raise UnsafeCheckpointError(
-                f'{path.name} would run code when loaded, so it was not loaded',
-                f'It asks for {", ".join(foreign[:4])}',
-                'Use the .safetensors file, or another source for this one') from e
         raise CheckpointError(f'{path.name} is damaged or was cut off',
                               f'{path.stat().st_size:,} bytes, and PyTorch says: {_first_reason(e)}',
                               'Download the file again') from e
+
+# %% ../nbs/method/06_checkpoint.ipynb #8dd755b3
+def check_plain(where, t):
+    "Raise `CheckpointError` for a tensor that is not simply numbers in memory."
+    plain = t.layout is torch.strided and not (t.is_quantized or t.is_meta or t.is_nested)
+    if plain and t.numel()*t.element_size() <= t.untyped_storage().nbytes(): return
+    found = 'It is sparse, quantised, nested or empty'
+    if plain: found = f'Its shape is {tuple(t.shape)}, and it holds {t.untyped_storage().nbytes()} bytes'
+    raise CheckpointError(f'{where} is not a plain tensor', found,
+                          'Give the checkpoint as it was published')
+
+def _tensors_in(held):
+    "(name, tensor) of all that lie in nested containers; each container is opened once."
+    waiting, opened = [('', held)], set()
+    while waiting:
+        name, x = waiting.pop()
+        if torch.is_tensor(x): yield name.strip('.'), x
+        if not isinstance(x, (dict, list, tuple)) or id(x) in opened: continue
+        opened.add(id(x))
+        pairs = x.items() if isinstance(x, dict) else ((str(i), v) for i, v in enumerate(x))
+        waiting += [(f'{name}.{k}' if isinstance(k, str) else name, v) for k, v in pairs]
 
 # %% ../nbs/method/06_checkpoint.ipynb #31e1f106
 def read_tensors(path):  # .safetensors, .bin, .pt: told by content
@@ -139,7 +179,13 @@ def read_tensors(path):  # .safetensors, .bin, .pt: told by content
     and its kinds."""
     path = Path(path)
     kind = sniff(path)
-    return _read_safetensors(path) if kind == 'safetensors' else _read_pickle(path, kind)
+    held, about = _read_safetensors(path) if kind == 'safetensors' else _read_pickle(path, kind)
+    amount = 0
+    for name, t in _tensors_in(held):
+        check_plain(f'{path.name}: {name}', t)
+        amount += t.numel()*t.element_size()
+    check_amount(path, amount, 'tensors')
+    return held, about
 
 # %% ../nbs/method/06_checkpoint.ipynb #29d9b5cc
 BASES = {768: 'sd15', 1024: 'sd21', 2048: 'sdxl'}  # width of a word -> the family of base models
@@ -222,7 +268,8 @@ def nest(flat, name='this file'):  # what `read_tensors` returned; how to call t
                               'Give a FaceID checkpoint')
     if all(isinstance(flat.get(part), dict) for part in _SECTIONS):
         return {part: dict(flat[part]) for part in _SECTIONS}
-    keys, nested = list(map(str, flat)), {part: {} for part in _SECTIONS}
+    keys = [k if isinstance(k, str) else f'a {type(k).__name__}' for k in flat]
+    nested = {part: {} for part in _SECTIONS}
     for key, tensor in zip(keys, flat.values()):
         part, _, rest = key.partition('.')
         if part not in nested or not rest: raise _not_faceid(name, keys)
@@ -231,30 +278,41 @@ def nest(flat, name='this file'):  # what `read_tensors` returned; how to call t
     return nested
 
 # %% ../nbs/method/06_checkpoint.ipynb #d707e18d
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn,
+           torch.float8_e5m2)
+
+def check_floating(where, t):
+    "Raise `CheckpointError` unless this is a plain floating tensor with something in it."
+    do = 'Give the checkpoint as it was published'
+    if not torch.is_tensor(t) or t.dtype not in _FLOATS:
+        kind = getattr(t, 'dtype', type(t).__name__)
+        raise CheckpointError(f'{where} is not a floating tensor', f'It is {kind}', do)
+    check_plain(where, t)
+    if t.ndim and t.numel(): return
+    raise CheckpointError(f'{where} is empty or a single number', f'Its shape is {tuple(t.shape)}', do)
+
 def check_numbers(state, name):
     "Raise `CheckpointError` unless every entry is a finite floating tensor."
     for part, tensors in state.items():
         for key, t in tensors.items():
             where = f'{name}: {part}.{key}'
-            if not torch.is_tensor(t) or not t.is_floating_point():
-                kind = getattr(t, 'dtype', type(t).__name__)
-                raise CheckpointError(f'{where} is not a floating tensor', f'It is {kind}',
-                                      'Give the checkpoint as it was published')
-            if not torch.isfinite(t).all():
-                count = int((~torch.isfinite(t)).sum())
-                raise CheckpointError(f'{where} has numbers that are not finite', f'{count} of {t.numel()}',
-                                      'The training diverged or the file was damaged: use an earlier one')
+            check_floating(where, t)
+            # the smallest types have no arithmetic of their own
+            bad = int((~torch.isfinite(t.float() if t.element_size() == 1 else t)).sum())
+            if not bad: continue
+            raise CheckpointError(f'{where} has numbers that are not finite', f'{bad} of {t.numel()}',
+                                  'The training diverged or the file was damaged: use an earlier one')
 
 # %% ../nbs/method/06_checkpoint.ipynb #b3d34955
 _MLP = ('proj.0.weight', 'proj.0.bias', 'proj.2.weight', 'proj.2.bias', 'norm.weight', 'norm.bias')
 _RAW = ('latents', 'proj_in.weight', 'proj_in.bias', 'proj_out.weight', 'proj_out.bias',
         'norm_out.weight', 'norm_out.bias')
-_LAYER = re.compile(r'^(\d+)\.(?:to_[kv]_ip|to_(?:q|k|v|out)_lora\.(?:down|up))\.weight$')
+_LAYER = re.compile(r'[0-9]{1,4}\.(?:to_[kv]_ip|to_(?:q|k|v|out)_lora\.(?:down|up))\.weight')
 
 def check_names(state, name):
     "Raise `CheckpointError` where a layer is unknown or a part of the projection is missing."
     proj = state['image_proj']
-    unknown = [k for k in state['ip_adapter'] if not _LAYER.match(k)]
+    unknown = [k for k in state['ip_adapter'] if not _LAYER.fullmatch(k)]
     if unknown:
         found = f'{len(unknown)}, such as ip_adapter.{unknown[0]}'
         raise CheckpointError(f'{name} has layers that FaceID does not know', found,
@@ -267,13 +325,7 @@ def check_names(state, name):
         raise VariantError(f'{name} is {kind}', found, 'Give a FaceID checkpoint')
     raise CheckpointError(f'{name} is incomplete', found, 'Give a FaceID checkpoint')
 
-# %% ../nbs/method/06_checkpoint.ipynb #d22234b3
-def check_tensors(state, name='this file'):
-    "Every entry is a finite floating tensor with a known name. Raises `CheckpointError`."
-    check_numbers(state, name)
-    check_names(state, name)
-
-# %% ../nbs/method/06_checkpoint.ipynb #f34f3920
+# %% ../nbs/method/06_checkpoint.ipynb #ad715f03
 def check_shape(good, name, key, tensor, want):
     "Raise `CheckpointError` where the shape of a tensor is not `good`."
     if good: return
@@ -281,6 +333,40 @@ def check_shape(good, name, key, tensor, want):
                           f'{tuple(tensor.shape)}, the others ask for {want}',
                           'The file mixes two checkpoints or was damaged')
 
+def check_texts(state, name):
+    "Raise `CheckpointError` where an entry is called by something else than a text."
+    for part, tensors in state.items():
+        odd = [k for k in tensors if not isinstance(k, str)]
+        if not odd: continue
+        raise CheckpointError(f'{name} has entries without a name',
+                              f'{len(odd)} in {part}, called by a {type(odd[0]).__name__}',
+                              'Give the checkpoint as it was published')
+
+# %% ../nbs/method/06_checkpoint.ipynb #610cfcc8
+def _axes_of(key):
+    "How many axes a tensor with this name has."
+    if key == 'latents': return 3
+    return 1 if key.endswith('bias') or key.startswith('norm') else 2
+
+def check_axes(state, name):
+    "Raise `CheckpointError` where a weight is no matrix, or a bias no vector."
+    proj = state['image_proj']
+    known = [k for k in proj if k in _MLP + _RAW or k.endswith('.proj_in.weight')]
+    for key in known:
+        axes = _axes_of(key)
+        check_shape(proj[key].ndim == axes, name, f'image_proj.{key}', proj[key], f'{axes} axes')
+    for key, t in state['ip_adapter'].items():
+        check_shape(t.ndim == 2, name, f'ip_adapter.{key}', t, 'two axes')
+
+# %% ../nbs/method/06_checkpoint.ipynb #d22234b3
+def check_tensors(state, name='this file'):
+    "Every entry is a finite floating tensor with a known name. Raises `CheckpointError`."
+    check_texts(state, name)
+    check_numbers(state, name)
+    check_names(state, name)
+    check_axes(state, name)
+
+# %% ../nbs/method/06_checkpoint.ipynb #f34f3920
 def _projection_shapes(proj, name):
     "(tokens, token width, embedding width)"
     raw = reads_raw(proj)
@@ -288,7 +374,7 @@ def _projection_shapes(proj, name):
                         'norm_out') if raw else ('proj.0', 'proj.2.weight', 'norm')
     width, embed = proj[f'{norm}.weight'].numel(), proj[f'{into}.weight'].shape[-1]
     last = proj[wide]
-    check_shape(not raw or last.ndim == 3, name, 'image_proj.latents', last, 'three axes')
+    check_shape(not raw or len(last) == 1, name, 'image_proj.latents', last, 'one set of queries')
     rows = last.shape[1] * width if raw else last.shape[0]
     check_shape(rows % width == 0, name, f'image_proj.{wide}', last, f'a multiple of {width} rows')
     return rows // width, width, embed

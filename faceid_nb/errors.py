@@ -8,6 +8,8 @@ __all__ = ['FaceIDError', 'ArgumentError', 'GuidanceError', 'ImageError', 'NoFac
            'WeightsMissingError', 'PackMissingError', 'NotDrawnWarning']
 
 # %% ../nbs/method/00_errors.ipynb #38894000
+_LONGEST = 600   # characters of what was wrong, and of what was found
+
 class FaceIDError(Exception):
     "Base of all errors that `faceid_nb` raises on purpose."
     exit_code = 1  # what the command line returns: 2 for bad input, 1 for the rest
@@ -18,6 +20,9 @@ class FaceIDError(Exception):
         do='',     # what the reader can do about it
     ):
         self.wrong, self.found, self.do = wrong, found, do
+        # a file may hold a name of a megabyte
+        wrong, found = (t if len(str(t)) <= _LONGEST else f'{str(t)[:_LONGEST]} ...'
+                        for t in (wrong, found))
         parts = [str(part).strip().rstrip('.') + '.' for part in (wrong, found, do) if part]
         super().__init__(' '.join(parts))
 

@@ -9,6 +9,8 @@ __all__ = ['read_image']
 import contextlib
 import io
 import os
+import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +36,19 @@ def white_of(values):
     if values.dtype.kind == 'f': return 1. if high <= 1 else 255.
     return 255. if high <= 255 else 65535.
 
+# %% ../nbs/ground/73_images.ipynb #7c84fb15
+_STRIP = 256   # rows at a time: arithmetic with fractions takes eight times the memory of the picture
+
+def by_strips(work, *arrays):
+    "What `work` makes of arrays of equal height, as 8 bits, in strips of rows."
+    strips = [slice(i, i + _STRIP) for i in range(0, len(arrays[0]), _STRIP)]
+    out = np.empty(arrays[0].shape, np.uint8)
+    for rows in strips: out[rows] = work(*(a[rows] for a in arrays))
+    return out
+
 # %% ../nbs/ground/73_images.ipynb #40fd7438
+def _scaled(factor, values): return np.rint(values*factor)
+
 def to_bytes(
     values,  # array of any type
     name,    # of the picture, for errors
@@ -46,7 +60,7 @@ def to_bytes(
     low, high, white = float(values.min()), float(values.max()), white_of(values)
     if low < 0 or high > white:
         raise ImageError(f'{name} has values out of range', f'{low:g} to {high:g}', BRIGHTNESS)
-    return np.rint(values*(255./white)).astype(np.uint8)
+    return by_strips(partial(_scaled, 255./white), values)
 
 # %% ../nbs/ground/73_images.ipynb #ce87f5e3
 def check_shape(a, name):
@@ -57,10 +71,13 @@ def check_shape(a, name):
     if channels_first: do = 'Channels come last: use transpose(1, 2, 0)'
     raise ImageError(f'{name} is not a picture', f'shape {a.shape}', do)
 
+def _blend(colour, alpha):
+    return np.rint((colour*alpha.astype(np.float32) + 255.*(255 - alpha))/255)
+
 def on_white(colour, alpha):
     "Lay transparent colour (uint8) on white."
     if alpha.min() == 255: return colour
-    return np.rint((colour*alpha.astype(np.float32) + 255.*(255 - alpha))/255).astype(np.uint8)
+    return by_strips(_blend, colour, alpha)
 
 # %% ../nbs/ground/73_images.ipynb #211177c6
 def to_rgb(
@@ -85,10 +102,21 @@ def plain_mode(image):
     see_through = image.mode == 'PA' or (image.mode == 'P' and 'transparency' in image.info)
     return image.convert('RGBA' if see_through else 'RGB')
 
+_MOST = 110_000_000   # pixels: the largest cameras have 102 million, and ten copies of them 2 GB
+
+def check_size(image, name):
+    "Raise ImageError for a picture that would take all memory; nothing of it is decoded yet."
+    width, height = image.size
+    if 0 < width*height <= _MOST: return
+    raise ImageError(f'{name} is too large to be read safely', f'{width} x {height} pixels',
+                     f'Scale it down first, to {_MOST/1e6:.0f} million pixels at most')
+
 def from_pil(image, name):  # -> uint8 (H, W, 3)
     "A PIL picture in any mode, turned upright as its EXIF tag says."
+    check_size(image, name)
     image.load()
-    with contextlib.suppress(Exception): image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(Exception):
+        if image.getexif().get(0x0112, 1) != 1: image = ImageOps.exif_transpose(image)
     return to_rgb(np.asarray(plain_mode(image)), name)
 
 # %% ../nbs/ground/73_images.ipynb #6286fabe
@@ -111,10 +139,37 @@ def what_is(head):
         if head.lstrip().lower().startswith(beginnings): return meaning
     return 'it begins with ' + repr(head[:12])[2:-1]
 
+# %% ../nbs/ground/73_images.ipynb #e9c16014
+FORMATS = ('JPEG', 'MPO', 'PNG', 'WEBP', 'TIFF', 'BMP', 'DIB', 'GIF', 'PPM', 'TGA', 'ICO', 'JPEG2000', 'AVIF',
+           'HEIF')
+_SCANS = 50   # a progressive JPEG has ten
+_MARKER = re.compile(rb'\xff([^\x00\xff\xd0-\xd8])')
+
+def count_scans(data):
+    "How often a JPEG paints its pixels; what lies behind its end is not looked at."
+    at, scans = 2, 0
+    while (found := _MARKER.search(data, at)) and found[1] != b'\xd9':
+        scans += found[1] == b'\xda'
+        at = found.end() + int.from_bytes(data[found.end():found.end() + 2], 'big')
+    return scans
+
+def check_scans(data, name):
+    "Raise ImageError for a JPEG that is painted over again and again."
+    scans = count_scans(data) if data[:2] == b'\xff\xd8' else 0
+    if scans <= _SCANS: return
+    raise ImageError(f'{name} is no photograph', f'A JPEG of {scans:,} scans, which would take minutes',
+                     'Save it again as an ordinary JPEG')
+
+def known_formats():
+    "The formats that are decoded, among those that this Pillow knows."
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
 # %% ../nbs/ground/73_images.ipynb #ad8e55d6
 def open_picture(data, name):
     "The bytes of a picture file -> a PIL picture that is not decoded yet. Raises ImageError."
-    try: return Image.open(io.BytesIO(data))
+    check_scans(data, name)
+    try: return Image.open(io.BytesIO(data), formats=known_formats())
     except Image.DecompressionBombError as e:
         wrong = f'{name} is too large to be read safely'
         raise ImageError(wrong, str(e), 'Scale it down first') from None

@@ -121,6 +121,12 @@ def check_table(tensors, name):
                         'It holds image_proj and ip_adapter',
                         'Give the file whose name ends in _lora')
 
+def _read_alpha(key, tensor, name):
+    "The number in a tensor. Raises `LoRAError`."
+    if tensor.numel() == 1 and bool(torch.isfinite(tensor.float())): return float(tensor)
+    found = f'{tuple(tensor.shape)} numbers' if tensor.numel() != 1 else f'{float(tensor)}'
+    raise LoRAError(f'{name}: {key} is no finite number', found, 'The file was damaged: download it again')
+
 def _in_our_names(tensors, name):
     "({'PATH.down': ..., 'PATH.up': ...}, {path: alpha}), under whatever names they came."
     halves, alphas = {}, {}
@@ -129,7 +135,7 @@ def _in_our_names(tensors, name):
         if where is None:
             raise LoRAError(f'{name} is not a LoRA for a UNet', f'It has {key}',
                             'Give the LoRA that belongs to the checkpoint')
-        if where[1] == 'alpha': alphas[where[0]] = float(tensor)
+        if where[1] == 'alpha': alphas[where[0]] = _read_alpha(key, tensor, name)
         else: halves['.'.join(where)] = tensor
     return halves, alphas
 

@@ -143,22 +143,37 @@ def check_projection(state):
                               f'It is no multiple of the token width {d}', 'The file is damaged')
     return hidden, id_dim, wide, d
 
+# %% ../nbs/method/03_projection.ipynb #769bf6a3
+_DEEPEST = 64
+
+def _depth(names):  # 'layers.0.1.weight', ...
+    "How many layers a resampler has. Raises `CheckpointError` where they are not counted 0, 1, 2."
+    numbers = {name.split('.')[1] for name in names}
+    depth = len(numbers)
+    if 0 < depth <= _DEEPEST and numbers == set(map(str, range(depth))): return depth
+    raise CheckpointError('The layers of the projection are not numbered in order',
+                          f'Found {depth}: {", ".join(sorted(numbers)[:6])}', 'The file is damaged')
+
 # %% ../nbs/method/03_projection.ipynb #bf062969
 def _plus_of_state(state, widths, shortcut):
-    "An empty `PlusProjection` of the right size."
+    "A `PlusProjection` of the right size, without numbers."
     if shortcut is None:
         raise VariantError('The checkpoint holds a perceiver resampler',
                            'It is Plus or PlusV2, and its shapes cannot tell which',
                            "Say variant='plus' or variant='plusv2'")
     hidden, id_dim, wide, d = widths
     layers = [k.removeprefix(_RESAMPLER) for k in state if k.startswith(f'{_RESAMPLER}layers.')]
-    depth = 1 + max(int(k.split('.')[1]) for k in layers)
+    depth = _depth(layers)
     clip_dim = state[f'{_RESAMPLER}proj_in.weight'].shape[1]
-    return PlusProjection(d, id_dim, clip_dim, wide // d, depth, hidden=hidden, shortcut=shortcut)
+    with torch.device('meta'):
+        return PlusProjection(d, id_dim, clip_dim, wide // d, depth, hidden=hidden, shortcut=shortcut)
+
+def _floats(state): return {k: v.detach().float().clone() for k, v in state.items()}
 
 def _load_floats(model, state):
-    "Put a checkpoint's tensors into a projection, in float32. Raises `CheckpointError`."
-    try: model.load_state_dict({k: v.float() for k, v in state.items()})
+    "Put a checkpoint's tensors into an empty projection, in float32. Raises `CheckpointError`."
+    # shapes are compared before there is memory for them: a file may lie about its width
+    try: model.load_state_dict(_floats(state), assign=True)
     except RuntimeError as e:
         raise CheckpointError('The projection tensors do not fit together',
                               str(e).split('\n')[1].strip(),
@@ -175,7 +190,8 @@ def projection_from_state(
     hidden, id_dim, wide, d = widths = check_projection(state)
     has_resampler = f'{_RESAMPLER}proj_in.weight' in state
     if has_resampler: return _load_floats(_plus_of_state(state, widths, shortcut), state)
-    return _load_floats(MLPProjection(d, id_dim, wide // d, hidden), state)
+    with torch.device('meta'): plain = MLPProjection(d, id_dim, wide // d, hidden)
+    return _load_floats(plain, state)
 
 # %% ../nbs/method/03_projection.ipynb #bd011b9b
 def _raw_sizes(state):
@@ -183,7 +199,7 @@ def _raw_sizes(state):
     layers = [k for k in state if k.startswith('layers.')]
     return dict(
         dim=state['latents'].shape[-1],
-        depth=1 + max(int(k.split('.')[1]) for k in layers),
+        depth=_depth(layers),
         dim_head=64, heads=len(state['layers.0.0.to_q.weight']) // 64,
         embedding_dim=state['proj_in.weight'].shape[1], output_dim=len(state['proj_out.weight']))
 
@@ -192,9 +208,10 @@ class RawProjection(FacePerceiverResampler):
     "Unnormalised Portrait: learnt queries read an embedding as the recogniser gives it."
     def __init__(self, state):  # the `image_proj` section of a checkpoint
         try:
-            super().__init__(**_raw_sizes(state))
-            self.latents = nn.Parameter(torch.empty(state['latents'].shape))   # (1, T, dim)
-            self.load_state_dict({k: v.float() for k, v in state.items()})
+            with torch.device('meta'):
+                super().__init__(**_raw_sizes(state))
+                self.latents = nn.Parameter(torch.empty(state['latents'].shape))   # (1, T, dim)
+            self.load_state_dict(_floats(state), assign=True)
         except (KeyError, ValueError, RuntimeError) as e:
             why = str(e).split('\n')[-1].strip()
             do = 'The file is damaged or of another kind'

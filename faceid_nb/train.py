@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from .adapter import FaceIDAdapter
 from .attention import cross_attention_layers
-from .checkpoint import save_checkpoint
+from .checkpoint import read_tensors, save_checkpoint
 from .errors import ArgumentError, CheckpointError, FaceIDError
 from .face import FaceReader
 from .files import atomic
@@ -330,22 +330,61 @@ def write_steps(steps, path):
     )
     with atomic(path) as part: torch.save(state, part)
 
+# %% ../nbs/train/52_train.ipynb #f07bce85
+_AGAIN = 'Start again without --resume'
+
+def _is_number(x, least=0):
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and least <= x < 2**63
+
+def _same_shapes(tensors, params):
+    "Whether these are finite numbers, as many and shaped as the parameters."
+    if not isinstance(tensors, (list, tuple)) or len(tensors) != len(params): return False
+    return all(torch.is_tensor(t) and t.shape == p.shape and t.is_floating_point()
+               and bool(torch.isfinite(t).all()) for t, p in zip(tensors, params))
+
+def check_steps(old, steps, name):
+    "Raise CheckpointError unless a checkpoint is whole and of this adapter."
+    if not isinstance(old, dict) or not {'step', 'spent', 'seed', 'params', 'mean', 'opt'} <= old.keys():
+        raise CheckpointError(f'{name} is not the checkpoint of a training', 'It lacks parts', _AGAIN)
+    counted = isinstance(old['step'], int) and isinstance(old['seed'], int)
+    if not counted or not all(_is_number(old[k]) for k in ('step', 'spent')) or not _is_number(
+            old['seed'], -2**63):
+        raise CheckpointError(f'{name} is damaged', 'its step, seconds or seed are no numbers', _AGAIN)
+    if _same_shapes(old['params'], steps.params) and _same_shapes(old['mean'], steps.params): return
+    raise CheckpointError(f'{name} is of another training',
+                          'its weights have other shapes than this adapter, or are not finite',
+                          'Give the same base, rank and number of tokens, or another --out')
+
+# %% ../nbs/train/52_train.ipynb #df12d1e1
+def _moments_of(old, steps, name):
+    "What the optimiser remembers of each parameter, {} before its first step. Raises CheckpointError."
+    found = old.get('state') if isinstance(old, dict) else None
+    numbers = range(len(steps.params))
+    wrong = CheckpointError(f'{name} is damaged', "the optimiser's memory does not fit", _AGAIN)
+    if found == {}: return found
+    if not isinstance(found, dict) or found.keys() != set(numbers): raise wrong
+    for i in numbers:
+        one = found[i]
+        if not isinstance(one, dict) or one.keys() != {'step', 'exp_avg', 'exp_avg_sq'}: raise wrong
+        moments = one['exp_avg'], one['exp_avg_sq']
+        if not _same_shapes(moments, [steps.params[i]]*2) or float(moments[1].min()) < 0: raise wrong
+        if not _same_shapes([one['step']], [torch.ones(())]) or not one['step'] >= 0: raise wrong
+    return found
+
+# %% ../nbs/train/52_train.ipynb #739e1239
 def read_steps(steps, path):
-    "Go on where a checkpoint stopped. Raises CheckpointError."
+    "Go on where a checkpoint stopped; all of it or nothing is taken over. Raises CheckpointError."
     name = Path(path).name
-    try: old = torch.load(path, weights_only=True, map_location=steps.accelerator.device)
-    except Exception as e:
-        what = str(e).splitlines()[0][:120]
-        raise CheckpointError(f'{name} cannot be read', what, 'Start again without --resume') from e
-    shapes = [p.shape for p in steps.params]
-    if not isinstance(old, dict) or 'mean' not in old or [p.shape for p in old['mean']] != shapes:
-        what_to_do = 'Give the same base, rank and number of tokens, or another --out'
-        wrong = f'{name} is of another training'
-        raise CheckpointError(wrong, 'its weights have other shapes than this adapter', what_to_do)
+    try: old, _ = read_tensors(path)
+    except CheckpointError as e:
+        raise type(e)(f'{name} cannot be read', f'{e.wrong}: {e.found}', _AGAIN) from e
+    check_steps(old, steps, name)
+    moments = _moments_of(old['opt'], steps, name)
+    # what it remembers is the checkpoint's, how it goes is the recipe's
+    steps.opt.load_state_dict(steps.opt.state_dict() | dict(state=moments))
     steps.average.set(old['params'])
-    steps.average.mean = old['mean']
+    steps.average.mean = [m.to(p.device, p.dtype) for m, p in zip(old['mean'], steps.params)]
     steps.number, steps.spent, steps.seed = old['step'], old['spent'], old['seed']
-    steps.opt.load_state_dict(old['opt'])
 
 # %% ../nbs/train/52_train.ipynb #c09e3803
 def stem_of(variant='faceid', base='sd15'):

@@ -4,13 +4,15 @@ Repository listings, HEAD and GET of files with entity tags, ranges. `Hub(repos)
 folder};
 `.packs` holds archives by name, below the address `.pack_url`. `.faults` is a list of functions (path,
 method) -> None,
-an HTTP status, ('cut', bytes), ('wrong',) for zeros or ('whole',) for a server that knows no ranges, asked in
+an HTTP status, ('cut', bytes), ('slow', seconds a piece), ('wrong',) for zeros or ('whole',) for a server that knows no ranges, asked in
 turn
 for every file.
 """
+import contextlib
 import hashlib
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -120,7 +122,15 @@ class Reply(BaseHTTPRequestHandler):
         self.head(206 if start else 200, {**headers, 'Accept-Ranges': 'bytes', **size})
         if self.command == 'HEAD': return
         if fault and fault[0] == 'cut': return self.drop(data[start:start + fault[1]])
+        if fault and fault[0] == 'slow': return self.trickle(data[start:], fault[1])
         self.wfile.write((bytes(len(data)) if fault and fault[0] == 'wrong' else data)[start:])
+
+    def trickle(self, data, pause):
+        "In pieces, with pauses of so many seconds; somebody may hang up meanwhile."
+        with contextlib.suppress(ConnectionError):
+            for at in range(0, len(data), 1 << 15):
+                self.wfile.write(data[at:at + (1 << 15)])
+                time.sleep(pause)
 
     def drop(self, data):
         "The line drops in the middle."
