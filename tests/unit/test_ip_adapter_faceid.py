@@ -53,11 +53,11 @@ class Kept:
     "A UNet's weights and processors, to be compared later."
     def __init__(self, unet):
         self.unet, self.processors = unet, dict(unet.attn_processors)
-        self.weights = {k: v.clone() for k, v in unet.state_dict().items()}
+        self.weights = {k: v.detach().clone() for k, v in unet.named_parameters()}
 
     @property
     def same_weights(self):
-        return all(torch.equal(v, self.weights[k]) for k, v in self.unet.state_dict().items())
+        return all(torch.equal(v, self.weights[k]) for k, v in self.unet.named_parameters())
 
     @property
     def same(self): return self.unet.attn_processors == self.processors and self.same_weights

@@ -113,10 +113,10 @@ def test_broken_files(copy, file, what):
     damage(copy / file)
     pipe = H.pipeline()
     processors = dict(pipe.unet.attn_processors)
-    before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    before = {k: v.detach().clone() for k, v in pipe.unet.named_parameters()}
     with pytest.raises(error, match=says): M.load('tiny-faceid-lora', folder=copy, device='cpu', base=pipe)
     assert pipe.unet.attn_processors == processors
-    assert all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in pipe.unet.named_parameters())
 
 
 def other_lora(folder, make):
@@ -134,11 +134,11 @@ def other_lora(folder, make):
 def test_lora_of_another_model(copy, make):
     other_lora(copy, make)
     pipe = H.pipeline()
-    before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    before = {k: v.detach().clone() for k, v in pipe.unet.named_parameters()}
     with pytest.raises(LoRAError, match='another base model'):
         M.load('tiny-faceid-lora', folder=copy, device='cpu', base=pipe)
-    assert pipe.unet.state_dict().keys() == before.keys()
-    assert all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
+    assert dict(pipe.unet.named_parameters()).keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in pipe.unet.named_parameters())
 
 
 def test_checkpoint_of_another_variant(copy):

@@ -77,11 +77,11 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(pipe, table, monkeyp
     # the same batch and noise at every step
     for room in (T, train_data):
         monkeypatch.setattr(room, 'step_generator', lambda seed, step, what=0: seeded(seed))
-    before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    before = {k: v.detach().clone() for k, v in pipe.unet.named_parameters()}
     processors, seen = dict(pipe.unet.attn_processors), []
     figures = run(pipe, table, steps=8, lr=3e-3, watch=lambda trainer: seen.append(1) or {}, gauge_every=4)
     assert figures[-1]['loss'] < figures[2]['loss'] < figures[0]['loss'] and len(seen) == 2
-    assert all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in pipe.unet.named_parameters())
     assert processors == dict(pipe.unet.attn_processors)
     assert not pipe.unet._forward_pre_hooks and not pipe.unet.training
     assert {'right', 'wrong', 'none'} <= set(figures[-1])
