@@ -57,6 +57,21 @@ def normalise(
                 for v in (clip.image_mean, clip.image_std))
     return (x/255 - mean)/sd
 
+# %% ../nbs/variants/10_plus.ipynb #10010001
+@torch.no_grad()
+def states(self, pixels):
+    "Second-to-last hidden states, (n, L, width) float32"
+    p = next(self.model.parameters())
+    seen = self.model(pixels.to(p.device, p.dtype), output_hidden_states=True)
+    return seen.hidden_states[-2].float()
+
+def read(self, pixels):
+    "`states` on its device; the model is there no longer than that: a loop needs the room."
+    home = next(self.model.parameters()).device
+    self.model.to(self.device)
+    try: return self.states(pixels)
+    finally: self.model.to(home)
+
 # %% ../nbs/variants/10_plus.ipynb #18d0f30a
 class StructureEncoder:
     "CLIP's vision model for FaceID Plus: aligned crops in, second-to-last hidden states out."
@@ -76,18 +91,7 @@ class StructureEncoder:
         return self.processor(images=list(images), return_tensors='pt').pixel_values
     def normalised(self, crops):   # the same for tensors: (n, 3, h, w) uint8
         return normalise(crops, self.size, self.processor, next(self.model.parameters()).device)
-    @torch.no_grad()
-    def states(self, pixels):
-        "Second-to-last hidden states, (n, L, width) float32"
-        p = next(self.model.parameters())
-        seen = self.model(pixels.to(p.device, p.dtype), output_hidden_states=True)
-        return seen.hidden_states[-2].float()
-    def read(self, pixels):
-        "`states` on its device; the model is there no longer than that: a loop needs the room."
-        home = next(self.model.parameters()).device
-        self.model.to(self.device)
-        try: return self.states(pixels)
-        finally: self.model.to(home)
+    states, read = states, read
     def __call__(self, images): return self.read(self.pixels(images))
     def nobody(self):
         "States of all-zero pixels, (1, L, width): the original's unconditional rows read them."

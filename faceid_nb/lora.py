@@ -304,8 +304,7 @@ class Folded:
         w = self.layer.weight.detach()
         if not self.weight: return w
         original = self.original.to(w.device)
-        if self.touched(): return without(w, self.ours(w), original)
-        return original
+        return without(w, self.ours(w), original) if self.touched() else original
     def touched(self): return self.mark is None or fingerprint(self.layer.weight) != self.mark
     @torch.no_grad()
     def weigh(self, weight):

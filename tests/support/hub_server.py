@@ -1,12 +1,9 @@
 """A server on this machine that speaks as much of the model hub's protocol as its clients use.
 
-Repository listings, HEAD and GET of files with entity tags, ranges. `Hub(repos)` serves {'owner/name':
-folder};
-`.packs` holds archives by name, below the address `.pack_url`. `.faults` is a list of functions (path,
-method) -> None,
-an HTTP status, ('cut', bytes), ('slow', seconds a piece), ('wrong',) for zeros or ('whole',) for a server that knows no ranges, asked in
-turn
-for every file.
+Repository listings, HEAD and GET of files with entity tags, ranges. `Hub(repos)` serves
+{'owner/name': folder}; `.packs` holds archives by name, below the address `.pack_url`. `.faults` is a list of
+functions (path, method) -> None, an HTTP status, ('cut', bytes), ('slow', seconds a piece), ('wrong',) for
+zeros or ('whole',) for a server that knows no ranges, asked in turn for every file.
 """
 import contextlib
 import hashlib

@@ -1,5 +1,6 @@
 """What an adapter keeps on a device: beside the plain pipeline only the keys and values of the loop."""
 import gc
+import itertools
 
 import pytest
 import torch
@@ -89,8 +90,8 @@ def test_in_the_loop_keys_and_values_only(small):
     with torch.no_grad(), adapter.condition(face, guidance=2) as c:
         before = taken()
         unet(x, 5, words)
-        kept = [t for kv in c.kv.values() for t in kv] + [c.reads]
-        kept += [t for p in adapter.at.layers.processors.values() for t in p.prompt.kv]
+        prompts = [p.prompt.kv for p in adapter.at.layers.processors.values()]
+        kept = [c.reads, *itertools.chain(*c.kv.values(), *prompts)]
         assert taken() - before <= size(kept) + 4096     # and a few small tables of rows
 
 

@@ -370,9 +370,9 @@ def test_compiled_without_a_break(pipe, adapter, form):
 
 def test_animate_diff_made_from_it_says_that_no_face_was_drawn(pipe, adapter):
     "It copies the UNet's weights into a model of its own: the plain ones."
-    unet = UNetMotionModel.from_unet2d(pipe.unet,
-                                       MotionAdapter(motion_num_attention_heads=2, motion_norm_num_groups=8,
-                                                     block_out_channels=pipe.unet.config.block_out_channels,
-                                                     motion_layers_per_block=pipe.unet.config.layers_per_block))
+    shape = pipe.unet.config
+    motion = MotionAdapter(block_out_channels=shape.block_out_channels, motion_num_attention_heads=2,
+                           motion_norm_num_groups=8, motion_layers_per_block=shape.layers_per_block)
+    unet = UNetMotionModel.from_unet2d(pipe.unet, motion)
     plain = dict(G.pipeline('sd').unet.named_parameters())
     assert torch.equal(dict(unet.named_parameters())[PATH + '.weight'], plain[PATH + '.weight'])
