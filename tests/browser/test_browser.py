@@ -232,7 +232,8 @@ def a_saved_portrait_restores_its_settings(board, file):
     board.set_slider('identity', .3)
     board.drop(file)
     board.wait(lambda: board.field('prompt').input_value() == 'photo of a person, smiling')
-    assert 'settings restored' in board.text and board.slider_value('identity') == '1.00'
+    board.wait(lambda: 'settings restored' in board.text)      # said after the last setting
+    board.wait(lambda: board.slider_value('identity') == '1.00')
 
 
 def portraits_are_compared_by_click_and_by_keyboard(board):
