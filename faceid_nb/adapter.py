@@ -262,6 +262,7 @@ def _fresh_projection(width, variant, num_tokens, seed, clip_embeddings_dim):
     proj.proj[0].weight.data *= 15
     return proj
 
+# %% ../nbs/method/07_adapter.ipynb #7f010020
 def _fresh_layer(i, attn, cross, rank, g):
     "Tensors of attention layer i: a LoRA that does nothing yet, K and V of the text."
     layer = {}
@@ -507,6 +508,7 @@ def layer_size(
                         f'It has {places} places; the latents are {latents[0]} x {latents[1]}',
                         'Ask for other layers')
 
+# %% ../nbs/method/07_adapter.ipynb #7f010022
 def _enlarge(w, latents, size):
     "Attention of a layer, (rows, N, T), as pictures: (rows, T, *size)"
     picture = w.transpose(1, 2).unflatten(-1, layer_size(latents, w.shape[1]))
@@ -550,6 +552,7 @@ def half_of(condition, text):
     for half, reads in zip(condition.halves or (), (False, True)):
         if text.shape == half.shape and torch.equal(text, half): return (reads,)
 
+# %% ../nbs/method/07_adapter.ipynb #7f010026
 @contextmanager
 def unconditional(self):
     "For loops that run the UNet once a condition: the runs inside read nobody."
@@ -593,6 +596,7 @@ def check_thread(attachment):
         raise ArgumentError('Another thread has a condition open on this UNet',
                             'One UNet draws for one at a time', 'Wait for it, or load a second pipeline')
 
+# %% ../nbs/method/07_adapter.ipynb #7f010024
 def current_kv(condition, sample, text):
     "K and V for a batch; computed once per generation, and each time where gradients flow."
     c, key = condition, (sample.shape[0], sample.device, sample.dtype, condition.muted)
