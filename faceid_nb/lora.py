@@ -127,6 +127,7 @@ def _read_alpha(key, tensor, name):
     found = f'{tuple(tensor.shape)} numbers' if tensor.numel() != 1 else f'{float(tensor)}'
     raise LoRAError(f'{name}: {key} is no finite number', found, 'The file was damaged: download it again')
 
+# %% ../nbs/method/05_lora.ipynb #5f010020
 def _in_our_names(tensors, name):
     "({'PATH.down': ..., 'PATH.up': ...}, {path: alpha}), under whatever names they came."
     halves, alphas = {}, {}
@@ -221,6 +222,7 @@ def lora_from_checkpoint(ip_adapter: dict, processors) -> dict:
         out[f'{paths[number]}.{_PARTS[short]}.{half}'] = tensor
     return out
 
+# %% ../nbs/method/05_lora.ipynb #5f010022
 def lora_into_checkpoint(lora: dict, processors) -> dict:
     "The other way: entries for `ip_adapter` from {'PATH.down': ..., 'PATH.up': ...}."
     out, numbers = {}, _numbers_of_paths(processors)
