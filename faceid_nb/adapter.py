@@ -51,6 +51,20 @@ def _stack_people(faces, width, several, raw):
         raise ArgumentError('The faces do not form a table of numbers', str(error),
                             'Give Face objects or their embeddings') from error
 
+# %% ../nbs/method/07_adapter.ipynb #6201c63c
+def check_length(e, raw):
+    "Raise `ArgumentError` for raw embeddings where unit ones are read, and the other way round."
+    length = e.norm(dim=-1)
+    if raw and ((length - 1).abs() < 1e-3).any():
+        raise ArgumentError('This checkpoint reads embeddings as they were before normalisation',
+                            'Found one of length 1', 'Give Face objects, or their raw_embedding')
+    # two unit vectors together are 2 long at most, what a recogniser says is some 20
+    if not raw and (length > 2).any():
+        raise ArgumentError('This checkpoint reads embeddings of length 1',
+                            f'Found one of length {float(length.max()):.1f}, as before normalisation',
+                            'Give Face objects, their embedding (insightface: normed_embedding), '
+                            'or e/np.linalg.norm(e)')
+
 # %% ../nbs/method/07_adapter.ipynb #7eb085f4
 def check_embeddings(e, width, several, raw):
     "Raise `ArgumentError` unless these are the numbers that a projection reads."
@@ -58,12 +72,20 @@ def check_embeddings(e, width, several, raw):
     if e.ndim != 2 + several or e.shape[-1] != width or not len(e):
         shape = f"(n, {'k, ' if several else ''}{width})"
         raise ArgumentError(f'Identities must be {shape} numbers', f'Found {tuple(e.shape)}', do)
-    if raw and ((e.norm(dim=-1) - 1).abs() < 1e-3).any():
-        raise ArgumentError('This checkpoint reads embeddings as they were before normalisation',
-                            'Found one of length 1', 'Give Face objects, or their raw_embedding')
     if not torch.isfinite(e).all():
         raise ArgumentError('A face embedding holds numbers that are not finite',
                             'Found NaN or infinity', 'Read the face again')
+    check_length(e, raw)
+
+# %% ../nbs/method/07_adapter.ipynb #6e6809eb
+def check_no_picture(faces, width):
+    "Raise `ArgumentError` for a table of numbers none of which is negative: a grey picture."
+    shape = tuple(getattr(faces, 'shape', ()))
+    if len(shape) != 2 or shape[0] == 1 or shape[1] != width or is_vector(faces, width): return
+    if not faces.any(): return  # nobody, several times
+    raise ArgumentError(f'A table of {shape[0]} x {width} numbers is no table of embeddings',
+                        'None of its numbers is a negative fraction: it looks like a grey picture',
+                        'Read the photograph with a FaceReader, and give the Face')
 
 # %% ../nbs/method/07_adapter.ipynb #7aec648f
 def face_embeddings(
@@ -75,6 +97,7 @@ def face_embeddings(
     "(n, 512) float32, or (n, k, 512) where `several`. Raises `ArgumentError`."
     # a table as it is, wherever it lies
     numbers = torch.is_tensor(faces) or isinstance(faces, np.ndarray)
+    check_no_picture(faces, width)
     e = torch.as_tensor(faces if numbers else _stack_people(faces, width, several, raw),
                         dtype=torch.float32)
     if e.ndim == 1: e = e[None]

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 from .errors import ArgumentError
 from .face import Face
-from .hub import TINY, choose_device, missing
+from .files import at_home
+from .hub import TINY, check_cache, choose_device, missing, plain_defaults
 from .images import read_image
 
 # %% ../nbs/use/24_adherence.ipynb #1c432f0f
@@ -91,6 +92,8 @@ def load_clip(
     "CLIP from the disk or the hub. Raises `WeightsMissingError`."
     from transformers import CLIPModel, CLIPProcessor   # seconds that the drawn people do not need
     device, dtype = choose_device(device, dtype)
+    path, cache_dir = at_home(path), at_home(cache_dir)
+    if not Path(path).exists(): check_cache(cache_dir)
     hub = dict(cache_dir=cache_dir, local_files_only=not download or Path(path).exists())
     try:
         model, processor = (CLIPModel.from_pretrained(path, **hub),
@@ -143,8 +146,9 @@ def prompt_adherence(
     if len(prompts) != len(images):
         raise ArgumentError(f'{len(prompts)} prompts for {len(images)} pictures', '',
                             'Give one, or one for each picture')
-    if not callable(scorer): scorer = _scorer(str(scorer))
-    return scorer(prompts, images) if images else np.zeros(0)
+    if not images: return np.zeros(0)
+    with plain_defaults():
+        return (scorer if callable(scorer) else _scorer(str(scorer)))(prompts, images)
 
 # %% ../nbs/use/24_adherence.ipynb #8a99dd7f
 def find_scorer(

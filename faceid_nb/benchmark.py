@@ -5,23 +5,23 @@
 # %% auto #0
 __all__ = ['PULID_PROMPT', 'TINY_PROMPT', 'SCORES', 'SAID', 'COLUMNS', 'check_people', 'name_people', 'name_models', 'Seen',
            'look_at', 'compare_photographs', 'summarise', 'mark_copies', 'judge_pictures', 'find_reader', 'Benchmark',
-           'notes', 'benchmark_table', 'tabulate', 'gather', 'write_result', 'benchmark']
+           'notes', 'benchmark_table', 'tabulate', 'gather', 'leave_out_damaged', 'write_result', 'benchmark']
 
 # %% ../nbs/study/32_benchmark.ipynb #c554319a
 import itertools
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from .cells import DEFAULTS, as_axis
-from .errors import ArgumentError, FaceIDError
+from .errors import ArgumentError, FaceIDError, ImageError
 from .face import FaceReader
-from .files import atomic, people_in
-from .images import read_image
+from .files import as_path, atomic, name_some, people_in, warn_of_broken
+from .images import is_damaged, read_image
 from .measure import (Calibration, Judge, as_list, mean_interval, open_reader,
                                share_interval)
 from .measure import structure_distance
@@ -191,6 +191,7 @@ class Benchmark:
     judge: str             # who says how alike
     tiny: bool             # drawn people
     steers: bool = False   # whether the judge is the recogniser that also steers the generation
+    broken: dict = field(default_factory=dict)   # photographs that cannot be read: why
     def _repr_markdown_(self): return benchmark_table(self)
     def __repr__(self):
         models, people = ', '.join(map(str, self.rows.model)), self.pictures.person.nunique()
@@ -263,6 +264,8 @@ def notes(result):
     yield from (_say_settings(result), _say_judge(result), _say_copies(result), _say_scores(result))
     failed = result.pictures[result.pictures.state != 'done']
     if len(failed): yield _say_failed(failed)
+    if result.broken:
+        yield f'Photographs left out, {len(result.broken)}, which cannot be read: {name_some(result.broken)}'
     if result.tiny:
         yield ('Small drawn pictures of drawn people by the tiny pack. '
                '**These numbers say nothing about the official weights.**')
@@ -308,10 +311,31 @@ def gather(sweep, folder, people, models, judge) -> tuple:
     return pd.DataFrame(rows), table, real, calibration
 
 # %% ../nbs/study/32_benchmark.ipynb #deadb12a
-def _check_first(people, num_samples):
-    "Say what is wrong now, not after an hour."
-    for photo in itertools.chain(*people.values()): read_image(photo)
+def leave_out_damaged(
+    people,  # {name: photographs}
+    named,   # whether the caller named them, and did not find them in a folder
+) -> tuple:
+    """(people with the photographs that can be read, {damaged file: why}); who has none goes.
+    Raises ImageError for what is no file, or was named."""
+    left, broken = {}, {}
+    for name, photos in people.items():
+        for photo in photos:
+            try:
+                read_image(photo)
+                left.setdefault(name, []).append(photo)
+            except ImageError as e:
+                if named or not is_damaged(photo, e): raise
+                broken[str(photo)] = e.found
+    return left, broken
+
+# %% ../nbs/study/32_benchmark.ipynb #fd5617b3
+def _check_first(people, num_samples, named=True):
+    "Say what is wrong now, not after an hour. Returns what `leave_out_damaged` does."
     if num_samples < 1: raise ArgumentError('num_samples must be 1 or more', f'{num_samples}')
+    left, broken = leave_out_damaged(people, named)
+    warn_of_broken(broken, sum(map(len, people.values())))
+    check_people(left)
+    return left, broken
 
 def _check_made(sweep):
     if any(c.state != 'failed' for c in sweep.cells): return
@@ -341,8 +365,9 @@ def benchmark(
     **arguments,     # of `generate`: scale, num_inference_steps ...
 ) -> Benchmark:
     "Some models on some people, beside real photographs. Run again, it makes only what is missing."
+    out, named = as_path(out), not isinstance(people, (str, os.PathLike))
     people, (models, pack) = name_people(people), name_models(models)
-    _check_first(people, num_samples)
+    people, broken = _check_first(people, num_samples, named)
     tiny = pack == 'tiny'
     said = dict(prompt=prompt or (TINY_PROMPT if tiny else PULID_PROMPT)) | arguments
     seeds = {str(s): s for s in range(seed, seed + num_samples)}
@@ -354,6 +379,6 @@ def benchmark(
     judge = Judge.find(judge, find_reader(next(iter(models.values())), load or {}), needed=False)
     settings = dict(num_samples=num_samples, seed=seed) | {k: DEFAULTS[k] for k in SAID} | said
     tables = gather(sweep, out, people, models, judge)
-    result = Benchmark(*tables, settings, judge.name, tiny, judge.steers)
+    result = Benchmark(*tables, settings, judge.name, tiny, judge.steers, broken)
     write_result(result, out)
     return result

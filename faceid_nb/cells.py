@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'DEFAULTS', 'SCORES', 'RESULTS', 'identify', 'identify_photo', 'weights_hash', 'Cell', 'check_numbers',
-           'write_down', 'Namer', 'as_axis', 'check_names', 'Shelf', 'read_table']
+           'write_down', 'scoring_name', 'Namer', 'as_axis', 'check_names', 'Shelf', 'read_table']
 
 # %% ../nbs/study/33_cells.ipynb #a5e0bece
 import difflib
@@ -27,8 +27,9 @@ from PIL import Image
 
 from .errors import ArgumentError
 from .face import Face
+from .facts import describe_model
 from .faceid import KNOBS, FaceID
-from .files import save_png
+from .files import as_path, save_png
 from .hub import no_bars
 from .models import find_parts
 from .persons import Person, digest, name_array, name_face
@@ -64,10 +65,10 @@ def identify_photo(photo):
     if isinstance(photo, (list, tuple)): return [identify_photo(p) for p in photo]
     if isinstance(photo, bytes): return 'photo ' + digest(photo)
     if not isinstance(photo, (str, os.PathLike)): return identify(photo)
-    if not Path(photo).is_file():
+    if not as_path(photo).is_file():
         raise ArgumentError(f'There is no photograph {Path(photo).name}', 'No such file',
                             'Check the path')
-    return 'photo ' + digest(Path(photo).read_bytes())
+    return 'photo ' + digest(as_path(photo).read_bytes())
 
 # %% ../nbs/study/33_cells.ipynb #758bd007
 _WEIGHTS = '.safetensors', '.bin', '.json', '.txt'   # what counts in a folder
@@ -101,23 +102,29 @@ def _tensors(state, prefix=''):
 def _hash_tensors(model):
     "A digest of the tensors of a `FaceID`."
     parts = dict(adapter=model.adapter.state_dict())
-    for name in ('unet', 'vae', 'text_encoder', 'text_encoder_2'):
-        part = getattr(model.pipe, name, None)
-        if part is not None: parts[name] = part.state_dict()
+    networks = getattr(model.pipe, 'components', None) or dict(unet=model.pipe.unet)
+    for name, part in networks.items():
+        if hasattr(part, 'state_dict'): parts[name] = part.state_dict()
+    encoder = getattr(model, 'encoder', None)
+    if encoder is not None: parts['image encoder'] = encoder.model.state_dict()
     named = []
     for name, tensor in _tensors(parts):
         named += (name,
                   tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest(*named)
 
+# %% ../nbs/study/33_cells.ipynb #7b6036aa
 def weights_hash(
     model,  # a name for `load`, or a `FaceID`
     **load_arguments,  # with a name: further arguments of `load`
 ) -> str:
-    """A digest of a model's weights: of the files that `load` reads, or of the tensors where
-    there are none."""
+    """A digest of what a model draws with: of the files that `load` reads, and of everything in it
+    where it was changed since; of its tensors and settings where it was put together by hand."""
     if isinstance(model, str): return _hash_files(**dict(load_arguments, name=model))
-    return _hash_tensors(model) if model.origin is None else _hash_files(**model.origin)
+    def settings(): return json.dumps(describe_model(model), sort_keys=True)
+    if model.origin is None: return digest(_hash_tensors(model), settings())
+    files = _hash_files(**model.origin)
+    return digest(files, settings()) if model.changes() else files
 
 # %% ../nbs/study/33_cells.ipynb #ddf43c60
 @dataclass
@@ -171,10 +178,28 @@ def write_down(name, value, label=None):
     if isinstance(value, (str, os.PathLike)): return Path(value).stem
     return name
 
+# %% ../nbs/study/33_cells.ipynb #40df3f0c
+def _who(thing):
+    "What a judge or a scorer is called."
+    if isinstance(thing, (str, os.PathLike)): return f'{Path(thing).name} {_place_digest(thing)}'
+    inner = getattr(thing, 'embedder', thing)
+    file = getattr(inner, 'path', None) or getattr(inner, 'folder', None)
+    kind = thing if hasattr(thing, '__qualname__') else type(thing)
+    name = getattr(thing, 'name', '')
+    return f'{kind.__module__}.{kind.__qualname__} {name} {_place_digest(file)}'
+
+def scoring_name(judge=True, scorer=None, measure=True) -> str:
+    "Who scores, in the name of a cell; empty for the usual ones."
+    if not measure: return 'not measured'
+    said = [] if judge is True or judge is None else [f'judge {judge and _who(judge)}']
+    if scorer is not None: said.append(f'scorer {scorer and _who(scorer)}')
+    return ', '.join(said)
+
 # %% ../nbs/study/33_cells.ipynb #ea7dac43
 class Namer:
-    "Names cells by their arguments and by the weights of some models."
-    def __init__(self, models, load):  # names or `FaceID`s; further arguments of `load`
+    "Names cells by their arguments, by the weights of some models and by who scores."
+    def __init__(self, models, load, scoring=''):  # names or `FaceID`s; arguments of `load`
+        self.scoring = [scoring] if scoring else []   # as `scoring_name` says
         self.weights = {id(m): weights_hash(m, **load if isinstance(m, str) else {})
                         for m in models}
         # {(argument, id): (value, what goes into the name)}; the value is held, so that its id
@@ -189,7 +214,8 @@ class Namer:
     def key(self, arguments) -> str:
         "The name of the cell with these arguments, `model` among them."
         known = {k: self.identify(k, v) for k, v in arguments.items() if k != 'model'}
-        return digest(json.dumps(known, sort_keys=True), self.weights[id(arguments['model'])])
+        weights = self.weights[id(arguments['model'])]
+        return digest(json.dumps(known, sort_keys=True), weights, *self.scoring)
 
 # %% ../nbs/study/33_cells.ipynb #42f60782
 def _label(name, value, i):
@@ -306,7 +332,7 @@ def _results(row):
 class Shelf:
     "The results of sweeps in a folder: `cells.sqlite` and one PNG a cell under `pictures/`."
     def __init__(self, folder):
-        self.folder = _check_folder(Path(folder))
+        self.folder = _check_folder(as_path(folder))
         (self.folder/'pictures').mkdir(parents=True, exist_ok=True)
         self.db = _connect(self.folder)
     def __enter__(self): return self
@@ -314,7 +340,7 @@ class Shelf:
     def finished(self) -> dict:  # key -> {'file': the PNG, **results}
         "The cells that are done and whose picture is there."
         done = [r for r in self._rows().values() if r['state'] == 'done']
-        done = [r for r in done if (self.folder/r['file']).is_file()]
+        done = [r for r in done if r['file'] and (self.folder/r['file']).is_file()]
         return {r['key']: {**_results(r), 'file': self.folder/r['file']} for r in done}
     def put(self, cell):
         "Keep a cell: the picture, then the row."
@@ -337,7 +363,7 @@ class Shelf:
 def read_table(folder):
     """All cells that a folder of results holds, as `Shelf.table`. Raises ArgumentError where
     there are none."""
-    if not (Path(folder)/'cells.sqlite').is_file():
+    if not (as_path(folder)/'cells.sqlite').is_file():
         raise ArgumentError(f'There are no results in {folder}', 'It has no cells.sqlite',
                             'Give the folder that a sweep wrote')
     with Shelf(folder) as shelf: return shelf.table()

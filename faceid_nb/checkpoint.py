@@ -8,7 +8,8 @@ __all__ = ['BASES', 'VARIANTS', 'pickle_globals', 'sniff', 'read_tensors', 'base
            'check_fits']
 
 # %% ../nbs/method/06_checkpoint.ipynb #cb6cbba9
-import io, pickletools, re, zipfile
+import io, mmap, pickletools, re, zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file as save_safetensors
 from .errors import (
     ArgumentError, BaseModelError, CheckpointError, LoRAError, UnsafeCheckpointError, VariantError)
-from .files import atomic
+from .files import as_path, atomic
 
 # %% ../nbs/method/06_checkpoint.ipynb #5b1f52ad
 def pickle_globals(
@@ -73,7 +74,7 @@ def check_head(path, head):
 def sniff(path) -> str:  # a file that claims to be a checkpoint
     """What a file is, by its first bytes: 'zip', 'pickle' or 'safetensors'. Raises
     `CheckpointError`."""
-    path = Path(path)
+    path = as_path(path)
     check_file(path)
     with open(path, 'rb') as f: head = f.read(512)
     check_head(path, head)
@@ -103,12 +104,17 @@ _TENSOR_NAMES = re.compile(
     r'|torch\.nn\.parameter\.\w+|_codecs\.encode|(__)?builtin(__|s)\.(set|complex))')
 _BEFORE_STORAGES = 5   # pickles in a file of the old layout; behind them numbers begin
 
+@contextmanager
+def _mapped(path):
+    "A file that reads no more than it has, and makes no room for more."
+    with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data: yield data
+
 def _names_in(path, kind):
     "What the pickles in a file ask for."
     if kind == 'zip':
         with zipfile.ZipFile(path) as z:
             return pickle_globals(b''.join(z.read(n) for n in z.namelist() if n.endswith('.pkl')))
-    with open(path, 'rb') as f: return pickle_globals(f, _BEFORE_STORAGES)
+    with _mapped(path) as data: return pickle_globals(data, _BEFORE_STORAGES)
 
 def check_asks_for_tensors(path, kind):
     "Raise `UnsafeCheckpointError` where a file asks for more than tensors need."
@@ -125,6 +131,13 @@ def check_amount(path, amount, what):
     if amount <= 4*size + (1 << 20): return
     raise CheckpointError(f'{path.name} pretends to be larger than it is',
                           f'{amount:,} bytes of {what} in a file of {size:,}', _AGAIN)
+
+def check_old_layout(path):
+    "Raise for a file without archive that speaks of more numbers than it has bytes."
+    with _mapped(path) as data:
+        # a magic number, a version, a machine; then what was saved
+        pickles = [[arg for _, arg, _ in pickletools.genops(data)] for _ in range(4)]
+    check_amount(path, max((n for n in pickles[3] if isinstance(n, int)), default=0), 'numbers')
 
 def check_archive(path):
     "Raise for an archive without an end, and for one that unpacks to far more than it is."
@@ -144,6 +157,7 @@ def _read_pickle(path, kind):
     try:
         if kind == 'zip': check_archive(path)
         check_asks_for_tensors(path, kind)
+        if kind == 'pickle': check_old_layout(path)
         # by name it would go by the suffix
         with open(path, 'rb') as f: return torch.load(f, map_location='cpu', weights_only=True), {}
     except CheckpointError: raise
@@ -177,7 +191,7 @@ def _tensors_in(held):
 def read_tensors(path):  # .safetensors, .bin, .pt: told by content
     """What a checkpoint file holds: (object, metadata). Runs nothing; raises `CheckpointError`
     and its kinds."""
-    path = Path(path)
+    path = as_path(path)
     kind = sniff(path)
     held, about = _read_safetensors(path) if kind == 'safetensors' else _read_pickle(path, kind)
     amount = 0
@@ -240,11 +254,11 @@ def describe(checkpoint: Checkpoint) -> str:
 
 # %% ../nbs/method/06_checkpoint.ipynb #e13a7c41
 _OTHERS = (   # names of other kinds of files: (does it begin or hold so, what it is, what to do)
+    (re.compile(r'^(adapter_modules|image_proj_model)\.'), 'a raw training state',
+     'Leave out unet.*, rename adapter_modules.* to ip_adapter.* and image_proj_model.* to '
+     'image_proj.*, or save it with `FaceIDAdapter.save`'),
     (re.compile('lora'), 'a LoRA, not a FaceID checkpoint',
      'Give it as the LoRA file (`lora=`), and as the checkpoint the file whose name has no `_lora`'),
-    (re.compile(r'^(adapter_modules|image_proj_model)\.'), 'a raw training state',
-     'Rename adapter_modules.* to ip_adapter.* and image_proj_model.* to image_proj.*, '
-     'or save it with `FaceIDAdapter.save`'),
     (re.compile(r'^(model\.diffusion_model|down_blocks)'), 'a whole diffusion model',
      'Load it as the base model; the FaceID checkpoint is another file'),
     (re.compile(''), 'not laid out as a FaceID checkpoint',
@@ -495,7 +509,7 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Read and check a FaceID checkpoint. Raises `CheckpointError` and its kinds; runs no code
     from the file."""
-    path = Path(path)
+    path = as_path(path)
     tensors, metadata = read_tensors(path)
     return check_state(nest(tensors, path.name), variant, path.name, path,
                        metadata.get('faceid_variant'))
@@ -522,7 +536,7 @@ def save_checkpoint(
     variant=None,  # recorded in a .safetensors file; None: the checkpoint's own
 ):
     "Write a checkpoint in the official layout, all or nothing. Returns the path."
-    path = Path(path)
+    path = as_path(path)
     check_suffix(path)
     checked = isinstance(state, Checkpoint) and variant in (None, state.variant)
     if isinstance(state, Checkpoint): tensors = {part: getattr(state, part) for part in _SECTIONS}

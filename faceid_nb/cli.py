@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['DEMO_PERSON', 'DEMO_PROMPT', 'SHORT', 'SHEET', 'SEED', 'WEIGHT', 'STEPS', 'GUIDANCE', 'COUNT', 'EXAMPLES', 'say',
-           'quiet', 'quiet_models', 'choose', 'make_pictures', 'check_out', 'keep', 'write_sheet', 'report', 'portrait',
-           'in_worker', 'executor', 'with_bar', 'name_photos', 'make_grid', 'labels', 'cell_row', 'list_failures',
-           'write_table', 'number_prompts', 'caption', 'sweep_sheets', 'count_cells', 'report_sweep', 'sweep',
-           'benchmark', 'demo', 'notebook_source', 'copy_notebooks', 'lab_command', 'lab', 'doctor', 'number',
-           'several', 'word', 'Help', 'Command', 'add_debug', 'add_batch', 'add_quiet', 'add_device', 'add_seed',
-           'add_steps', 'add_guidance', 'add_negative', 'add_models', 'add_run', 'add_portrait', 'add_sweep',
-           'add_benchmark', 'add_demo', 'add_lab', 'add_doctor', 'make_parser', 'explain', 'main']
+           'quiet', 'quiet_models', 'choose', 'part_not_read', 'say_cut', 'find_tokenizers', 'make_pictures',
+           'check_out', 'keep', 'write_sheet', 'report', 'portrait', 'in_worker', 'executor', 'with_bar', 'name_photos',
+           'make_grid', 'labels', 'cell_row', 'list_failures', 'write_table', 'number_prompts', 'caption',
+           'sweep_sheets', 'count_cells', 'report_sweep', 'sweep', 'benchmark', 'demo', 'notebook_source',
+           'copy_notebooks', 'lab_command', 'lab', 'doctor', 'number', 'several', 'word', 'Help', 'Command',
+           'add_debug', 'add_batch', 'add_quiet', 'add_device', 'add_seed', 'add_steps', 'add_guidance', 'add_negative',
+           'add_models', 'add_run', 'add_portrait', 'add_sweep', 'add_benchmark', 'add_demo', 'add_lab', 'add_doctor',
+           'make_parser', 'explain', 'main']
 
 # %% ../nbs/use/23_cli.ipynb #d70cb4eb
 import argparse
@@ -31,12 +32,12 @@ import faceid_nb
 from . import __version__
 from .doctor import NO_LIBGL, diagnose
 from .errors import ArgumentError, FaceIDError
-from .files import atomic, png_bytes, write_new
+from .files import as_path, atomic, png_bytes, write_new
 from .hub import no_bars
-from .sheets import contact_sheet, print_table, shown
+from .sheets import contact_sheet, print_table, put, shown
 
 # %% ../nbs/use/23_cli.ipynb #67b9b00f
-def say(*parts): print(*parts, file=sys.stderr, flush=True)
+def say(*parts): put(*parts, stream=sys.stderr)
 
 @contextlib.contextmanager
 def quiet(on=True):
@@ -70,6 +71,33 @@ def choose(
         place = f"took '{which}', at x, y = {x:.0f}, {y:.0f}"
         say(f'{face.found} faces in {Path(photo).name}; {place} (--face chooses another)')
     return face
+
+# %% ../nbs/use/23_cli.ipynb #d572d140
+def part_not_read(
+    tokenizer,  # of CLIP
+    prompt,
+) -> str:
+    "The end of a prompt that its encoder will not see; '' where it reads everything."
+    ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+    lost = ids[tokenizer.model_max_length - 1:-1]   # the last place is the end mark's
+    return tokenizer.decode(lost).strip() if lost else ''
+
+def say_cut(
+    tokenizers,  # a list of them, or a pipeline
+    *prompts,    # texts; None is left out
+):
+    "Say once of each prompt what is not read of it."
+    if not isinstance(tokenizers, list):
+        both = (getattr(tokenizers, name, None) for name in ('tokenizer', 'tokenizer_2'))
+        tokenizers = [t for t in both if t is not None]
+    for prompt in dict.fromkeys(filter(None, prompts)):
+        lost = [part_not_read(t, prompt) for t in tokenizers]
+        if any(lost): say(f"The prompt is too long; the encoder does not read '{max(lost, key=len)}'")
+
+def find_tokenizers(name) -> list:
+    "The tokenizers of a model with a name; [] where they cannot be had without it."
+    from faceid_nb.models import read_tokenizers
+    return read_tokenizers(name)
 
 # %% ../nbs/use/23_cli.ipynb #0cd4d8b9
 def make_pictures(
@@ -108,7 +136,7 @@ def _prepared(name, device, photo, which):
 
 def check_out(out):
     "Raise ArgumentError where results cannot lie."
-    if Path(out).exists() and not Path(out).is_dir():
+    if as_path(out).exists() and not as_path(out).is_dir():
         raise ArgumentError('--out must name a folder', f'{out} is a file', 'Choose another name')
 
 def keep(
@@ -140,15 +168,15 @@ def write_sheet(
 def report(done, sheet):
     "The table that ends a run."
     wide = max(len(str(path)) for path, *_ in done)
-    print(f"{'file':{wide}}  {'seed':>10}  likeness")
+    put(f"{'file':{wide}}  {'seed':>10}  likeness")
     for path, picture, likeness in done:
-        print(f"{str(path):{wide}}  {picture.info['faceid_nb']['seed']:>10}  {shown(likeness):>8}")
+        put(f"{str(path):{wide}}  {picture.info['faceid_nb']['seed']:>10}  {shown(likeness):>8}")
     found = [likeness for *_, likeness in done if not math.isnan(likeness)]
     if found:
         mean = (
             f'mean likeness {sum(found)/len(found):.3f} over {len(found)} of {len(done)} pictures')
-        print(f'{mean} (cosine: 1 the same picture, about 0 a stranger)')
-    print(f'contact sheet: {sheet}')
+        put(f'{mean} (cosine: 1 the same picture, about 0 a stranger)')
+    put(f'contact sheet: {sheet}')
 
 # %% ../nbs/use/23_cli.ipynb #30ab187f
 DEMO_PERSON, DEMO_PROMPT = 12, 'photo of a person in a red shirt, smiling, blue background'
@@ -161,12 +189,14 @@ def portrait(
 ) -> int:
     "faceid-nb portrait: pictures of the person on a photograph."
     check_out(out)
+    out = as_path(out)
     settings = dict(scale=scale, num_inference_steps=steps, guidance_scale=guidance_scale,
                     negative_prompt=negative_prompt)
     with quiet_models(not debug):
         from faceid_nb.images import read_image
         read_image(photo)  # a bad file is said before anything is loaded
         loaded, person, judge = _prepared(model, device, photo, face)
+        say_cut(loaded.pipe, prompt, negative_prompt)
         done = []
         try:
             for made in make_pictures(loaded, person, prompt, samples, seed, batch, quiet,
@@ -250,14 +280,15 @@ def list_failures(cells, varies, prompts):
     for error in dict.fromkeys(c.error for c in failed):
         same = [c for c in failed if c.error == error]
         what = ', '.join(f'{k} {v}' for k, v in labels(same[0], varies, prompts).items())
-        print(f"failed: {what}{f' and {len(same) - 1} more' if same[1:] else ''}: {error}")
+        put(f"failed: {what}{f' and {len(same) - 1} more' if same[1:] else ''}: {error}")
 
 def write_table(out) -> Path:
     "Everything that the folder holds, as table.csv."
     from faceid_nb.cells import read_table
     table = read_table(out)
     table['image'] = [None if f is None else f.relative_to(out).as_posix() for f in table.image]
-    with atomic(Path(out)/'table.csv') as part: table.to_csv(part, index=False)
+    with atomic(Path(out)/'table.csv') as part:
+        table.to_csv(part, index=False, errors='backslashreplace')
     return Path(out)/'table.csv'
 
 # %% ../nbs/use/23_cli.ipynb #4776b3d9
@@ -291,22 +322,23 @@ def count_cells(cells, total, out):
     "How many pictures there are, and where."
     failed, kept = sum(c.state == 'failed' for c in cells), sum(c.kept for c in cells)
     there = f"{len(cells) - failed} of {total} pictures are in {Path(out)/'pictures'}"
-    print(f'{there}, {kept} of them from before; {failed} failed')
+    put(f'{there}, {kept} of them from before; {failed} failed')
 
 def report_sweep(asked, photos, prompts, out):
-    "The table on the screen and in table.csv, and the contact sheets."
+    "The contact sheets and table.csv, then the table on the screen, which may be closed by now."
     from faceid_nb.measure import FLATTERS
     varies = [k for k, v in asked.axes.items() if len(v) > 1] or ['seed']
     cells = [c for c in asked.cells if c.state != 'waiting']
-    if 'prompt' in varies: print('\n'.join(number_prompts(prompts)))
+    table, sheets = write_table(out), list(sweep_sheets(cells, varies, photos, prompts, out))
+    if 'prompt' in varies: put('\n'.join(number_prompts(prompts)))
     head = [*labels(cells[0], varies, prompts), 'likeness', 'distance', 'adherence', 'state']
     print_table(head, [cell_row(c, varies, prompts) for c in cells])
     count_cells(cells, len(asked.cells), out)
     list_failures(cells, varies, prompts)
-    if any(c.judge == 'steering recogniser' for c in cells): print(FLATTERS)
-    print(f'table: {write_table(out)}')
-    for sheet, note in sweep_sheets(cells, varies, photos, prompts, out):
-        print(f'contact sheet: {sheet}{note}')
+    if any(c.judge == 'steering recogniser' for c in cells): put(FLATTERS)
+    put(f'table: {table}')
+    for sheet, note in sheets:
+        put(f'contact sheet: {sheet}{note}')
 
 # %% ../nbs/use/23_cli.ipynb #7fd14237
 def sweep(
@@ -317,6 +349,7 @@ def sweep(
 ) -> int:
     "faceid-nb sweep: every combination of settings."
     check_out(out)
+    out, photos = as_path(out), [str(as_path(photo)) for photo in photos]
     values = dict(  # the seed runs fastest
         model=list(model), prompt=prompt, negative_prompt=[negative_prompt], guidance_scale=guidance_scale,
         num_inference_steps=steps, scale=scale, s_scale=s_scale, seed=seed)
@@ -324,6 +357,7 @@ def sweep(
         from faceid_nb.images import read_image
         for photo in photos: read_image(photo)  # a bad file is said before anything is loaded
         asked = make_grid(photos, device, **values)
+        for name in model: say_cut(find_tokenizers(name), *prompt, negative_prompt)
     try:
         with quiet_models(not debug):
             for _ in asked.run(out, executor(processes), batch, with_bar(quiet)): pass
@@ -339,14 +373,16 @@ def benchmark(
 ) -> int:
     "faceid-nb benchmark: likeness of some models on the people of a folder."
     check_out(out)
+    out = as_path(out)
     settings = dict(num_inference_steps=steps, guidance_scale=guidance_scale, scale=scale)
     with quiet_models(not debug):
+        for name in model: say_cut(find_tokenizers(name), prompt)
         from faceid_nb.benchmark import benchmark, benchmark_table
         result = benchmark(list(model), folder, out, prompt=prompt, num_samples=samples, seed=seed,
                            load=dict(device=device), executor=executor(processes), batch_size=batch,
                            progress=with_bar(quiet), **settings)
-    print(benchmark_table(result))
-    print(', '.join(str(Path(out)/f) for f in ('benchmark.md', 'benchmark.csv', 'pictures.csv')))
+    put(benchmark_table(result))
+    put(', '.join(str(Path(out)/f) for f in ('benchmark.md', 'benchmark.csv', 'pictures.csv')))
     return 0
 
 # %% ../nbs/use/23_cli.ipynb #756d3bf5
@@ -357,6 +393,7 @@ def demo(*, out='faceid-demo', quiet=False, debug=False) -> int:
     photo = render(sample_people(1, seed=DEMO_PERSON), seed=1, size=512, glasses=False)[0].image
     jpeg = io.BytesIO()
     photo.save(jpeg, 'JPEG', quality=92)
+    out = as_path(out)
     path = write_new(jpeg.getvalue(), out, 'photograph-{:04d}.jpg')
     say(f'Drew {path}, a person nobody has trained on. Now:')
     say(f'  faceid-nb portrait {path} "{DEMO_PROMPT}" --out {out}')
@@ -377,10 +414,10 @@ def _is_shown(name):
 
 def copy_notebooks(to) -> tuple:  # (files copied, files that were there)
     "Copy the notebooks and their pictures; leave alone what exists."
-    source, new, old = notebook_source(), 0, 0
+    to, source, new, old = as_path(to), notebook_source(), 0, 0
     for name in sorted(p.relative_to(source) for p in source.rglob('*') if p.is_file()):
         if not _is_shown(name): continue
-        copy = Path(to)/name
+        copy = to/name
         old += copy.exists()
         if copy.exists(): continue
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -392,7 +429,7 @@ def copy_notebooks(to) -> tuple:  # (files copied, files that were there)
 def lab_command(folder, port=None, browser=True) -> list:
     "How JupyterLab is started: on the loopback address, with a token."
     command = [sys.executable, '-m', 'jupyterlab', '--ServerApp.ip=127.0.0.1']
-    command += [f'--ServerApp.root_dir={Path(folder).resolve()}']
+    command += [f'--ServerApp.root_dir={as_path(folder).resolve()}']
     if port is not None: command += [f'--ServerApp.port={port}']
     if not browser: command += ['--no-browser']
     root = hasattr(os, 'geteuid') and os.geteuid() == 0  # containers; Jupyter would refuse
@@ -416,10 +453,10 @@ def lab(folder='faceid-notebooks', *, port=None, browser=True, debug=False) -> i
 def doctor(*, debug=False) -> int:
     "faceid-nb doctor: what this machine has, what it lacks and how to get it."
     with quiet(not debug): findings = diagnose()
-    for finding in findings: print(finding)
+    for finding in findings: put(finding)
     missing = any(finding.state == 'missing' for finding in findings)
-    if missing: print('Something that the tiny pack needs is missing.')
-    else: print('The tiny models run here: faceid-nb demo')
+    if missing: put('Something that the tiny pack needs is missing.')
+    else: put('The tiny models run here: faceid-nb demo')
     return int(missing)
 
 # %% ../nbs/use/23_cli.ipynb #83ff470e

@@ -14,7 +14,7 @@ from itertools import chain
 from typing import NamedTuple
 from . import __version__
 from .errors import FaceIDError
-from .hub import TINY
+from .hub import TINY, check_cache
 
 # %% ../nbs/use/26_doctor.ipynb #a6f7dd0c
 class Finding(NamedTuple):
@@ -129,6 +129,8 @@ def look_at_packs():
 def look_at_model(model) -> Finding:
     "Is everything of an official model in the hub's cache?"
     from huggingface_hub import try_to_load_from_cache
+    try: check_cache()
+    except FaceIDError as e: return Finding('note', f'{model.name}: {e.wrong}: {e.found}', str(e.do))
     wanted = [(model.repo, model.checkpoint), (model.repo, model.lora)]
     wanted += [(model.base, 'model_index.json'), (model.vae, 'config.json')]
     wanted = [(repo, file) for repo, file in wanted if repo and file]

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from .errors import BaseModelError
-from .hub import missing
+from .files import at_home
+from .hub import check_cache, find_variant, missing
 
 # %% ../nbs/variants/10_plus.ipynb #52e31b3b
 _VIT_H = 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'
@@ -20,8 +21,11 @@ def read_encoder(path, dtype=None, cache_dir=None, download=True):
     `BaseModelError`."""
     # heavy: models without structure do without
     from transformers import CLIPVisionModelWithProjection
+    path, cache_dir = at_home(path), at_home(cache_dir)
     local = not download or Path(path).exists()
+    if not Path(path).exists(): check_cache(cache_dir)
     how = dict(dtype=dtype or torch.float32, cache_dir=cache_dir, local_files_only=local)
+    if Path(path).is_dir(): how['variant'] = find_variant(path)
     try: return CLIPVisionModelWithProjection.from_pretrained(path, **how)
     except Exception as e:
         if not Path(path).exists():

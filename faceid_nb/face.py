@@ -11,6 +11,7 @@ __all__ = ['FORMAT', 'CHOICES', 'GREEN', 'RED', 'WHITE', 'BLACK', 'check_one_pac
 
 # %% ../nbs/method/02_face.ipynb #0b1a3772
 import contextlib
+import glob
 import io
 import os
 import warnings
@@ -25,8 +26,8 @@ from safetensors.numpy import save
 
 from .align import crop_template, norm_crop, similarity_transform, transform_points
 from .errors import (ArgumentError, CheckpointError, FaceChoiceError, ImageError,
-                              NoFaceError)
-from .files import atomic
+                              NoFaceError, PackMissingError)
+from .files import as_path, atomic
 from .images import read_image
 from .packs import PACKS, check_pack, download_pack, pack_missing
 
@@ -141,7 +142,7 @@ FORMAT = 'faceid_nb face 1'
 
 def check_place(path):
     "Raise ArgumentError where the folder of a file is not there."
-    if Path(path).absolute().parent.is_dir(): return
+    if as_path(path).absolute().parent.is_dir(): return
     raise ArgumentError('The identity file has no folder to go to', f"'{path}'",
                         'Make the folder first')
 
@@ -161,12 +162,12 @@ def save_face(
         tensors['landmarks'] = transform_points(to_crop, face.landmarks).astype(np.float32)
     about = dict(format=FORMAT, pack=face.pack, score=repr(float(face.score)))
     with atomic(path) as part: part.write_bytes(save(tensors, metadata=about))
-    return Path(path)
+    return as_path(path)
 
 # %% ../nbs/method/02_face.ipynb #2d05b5bd
 def read_tensors(path):
     "(what a safetensors file says of itself, its tensors). Raises CheckpointError."
-    if not Path(path).is_file():
+    if not (path := as_path(path)).is_file():
         raise CheckpointError(f"There is no identity file '{path}'", '', 'Check the path')
     try:
         with safe_open(str(path), 'np') as f:
@@ -261,7 +262,7 @@ class Embedder:
     ):
         wanted = find_providers(providers)
         if isinstance(model, (str, os.PathLike)):
-            path = Path(model).expanduser()
+            path = as_path(model)
             name, model = name or path.absolute().parent.name, load_recogniser(path, wanted)
         self.model, self.name = model, name or 'recogniser'
         self.provider = check_provider(wanted, model.session)
@@ -279,12 +280,27 @@ class Embedder:
         return np.concatenate([embed_crops(self.model, p) for p in parts]).astype(np.float32)
 
 # %% ../nbs/method/02_face.ipynb #1102a1d4
-def load_app(folder, name, providers):
-    "insightface's application with two networks of a folder. Raises PackMissingError."
+TASKS = ['detection', 'recognition']
+
+def load_each(folder, providers):
+    "{task: model} of a folder, as insightface routes files: the first one of a task wins."
+    models = {}
+    for file in sorted(folder.glob('*.onnx')):
+        model = load_onnx(file, providers)
+        if getattr(model, 'taskname', None) in TASKS: models.setdefault(model.taskname, model)
+    assert 'detection' in models  # as insightface
+    return models
+
+# %% ../nbs/method/02_face.ipynb #832f5ee7
+def load_models(folder, name, providers):
+    "insightface's {task: model} of a folder. Raises PackMissingError."
     from insightface.app import FaceAnalysis  # heavy
-    tasks = ['detection', 'recognition']
     try:
-        with quietly(): return FaceAnalysis(str(folder), allowed_modules=tasks, providers=providers)
+        # insightface takes [, * and ? in a folder's name for a pattern
+        if glob.escape(str(folder)) != str(folder): return load_each(folder, providers)
+        how = dict(allowed_modules=TASKS, providers=providers)
+        with quietly(): return FaceAnalysis(str(folder), **how).models
+    except PackMissingError: raise
     except AssertionError:
         raise pack_missing(name, folder, 'none of its files is a detector') from None
     except Exception as e:
@@ -293,13 +309,15 @@ def load_app(folder, name, providers):
 
 def load_pack(folder, name, providers, threshold):
     "insightface's detector and recogniser from a folder. Raises PackMissingError."
-    app = load_app(folder, name, providers)
-    if 'recognition' not in app.models:
+    models = load_models(folder, name, providers)
+    if 'recognition' not in models:
         raise pack_missing(name, folder, 'none of its files is a recogniser')
-    if not app.models['detection'].use_kps:
-        raise pack_missing(name, folder, 'its detector finds no landmarks')
-    with quietly(): app.prepare(ctx_id=0, det_thresh=threshold)
-    return app.models['detection'], app.models['recognition']
+    detector, recogniser = models['detection'], models['recognition']
+    if not detector.use_kps: raise pack_missing(name, folder, 'its detector finds no landmarks')
+    with quietly():
+        detector.prepare(0, det_thresh=threshold)
+        recogniser.prepare(0)
+    return detector, recogniser
 
 # %% ../nbs/method/02_face.ipynb #f37ab7c2
 def add_frame(image, share=.5):
@@ -320,6 +338,15 @@ def sizes_for(image, sizes):
     "The rungs for a picture: an input larger than the likeliest one helps larger pictures only."
     return [s for s in sizes if s <= sizes[0] or max(image.shape[:2]) > sizes[0]]
 
+# %% ../nbs/method/02_face.ipynb #700a469e
+def thick_enough(picture, size):
+    "The picture with so much black below or beside it that a side of `size` leaves some of it."
+    height, width = picture.shape[:2]
+    least = 1 + max(height, width)//size
+    more = max(0, least - height), max(0, least - width)
+    if not any(more): return picture
+    return cv2.copyMakeBorder(picture, 0, more[0], 0, more[1], cv2.BORDER_CONSTANT)
+
 # %% ../nbs/method/02_face.ipynb #d28f8634
 def look(
     model,    # insightface's detector
@@ -328,6 +355,7 @@ def look(
     size,     # of the detector's input
 ):  # -> boxes with score (n, 5), landmarks (n, 5, 2), in pixels of the unframed picture
     "One pass of the detector, the largest face first."
+    picture = thick_enough(picture, size)
     boxes, points = model.detect(np.ascontiguousarray(picture[..., ::-1]), input_size=(size, size))
     if not len(boxes): return nobody()
     ok = is_face(boxes, points)
@@ -336,22 +364,37 @@ def look(
     order = np.argsort(-(boxes[:, 2] - boxes[:, 0])*(boxes[:, 3] - boxes[:, 1]), kind='stable')
     return boxes[order], points[order]
 
+def is_crowd(boxes, side):
+    "Whether two or more faces are surely small ones of a picture whose long side is `side`."
+    return sum(long_side(box) < .3*side and box[4] >= .7 for box in boxes) > 1
+
 def look_again(model, image, boxes, size):
     "A look through a frame where the first is unsure or large; None: the first is believed."
     side, sure = max(image.shape[:2]), boxes[:, 4].max()
+    if is_crowd(boxes, side): return None
     if long_side(boxes[0]) < .45*side and sure >= .8: return None
     framed, offset = add_frame(image, .25)
     again, points = look(model, framed, offset, size)
     fills_the_picture = len(again) and long_side(again[0]) > .7*side and again[0, 4] >= .9*sure
     return (again, points) if fills_the_picture else None
 
+# %% ../nbs/method/02_face.ipynb #ccfbfd14
+def check_sizes(sizes):
+    "A ladder of detector sizes as a tuple; one number is a ladder of one. Raises ArgumentError."
+    ladder = np.ravel(np.asarray(sizes, object)).tolist()
+    numbers = all(isinstance(s, (int, float, np.number)) for s in ladder)
+    if ladder and numbers and all(s > 0 and s % 32 == 0 for s in ladder):
+        return tuple(dict.fromkeys(map(int, ladder)))
+    raise ArgumentError('Sizes of a detector must be multiples of 32 pixels', f'{sizes!r}',
+                        'Give one or several, such as 640 or (640, 320)')
+
 # %% ../nbs/method/02_face.ipynb #82dcfde8
 class Detector:
     "insightface's SCRFD on a ladder of input sizes."
     def __init__(self,
         model,  # insightface's loaded detector
-        sizes,  # of its input in pixels, likeliest first
-    ): self.model, self.sizes = model, tuple(int(s) for s in sizes)
+        sizes,  # of its input in pixels, likeliest first; multiples of 32, one or several
+    ): self.model, self.sizes = model, check_sizes(sizes)
 
     def rungs(self, image):
         "Yield (name, picture, width of its frame, size), from the likeliest to the last resort."
@@ -463,8 +506,9 @@ def find_face(reader, image, which) -> Face:
 def load_networks(folder, providers, det_sizes, det_thresh):
     "(Detector, Embedder) of a pack. Raises PackMissingError."
     wanted = find_providers(providers)
+    sizes = PACKS.get(folder.name, PACKS['buffalo_l'])[3] if det_sizes is None else det_sizes
+    sizes = check_sizes(sizes)
     detector, recogniser = load_pack(folder, folder.name, wanted, float(det_thresh))
-    sizes = det_sizes or PACKS.get(folder.name, PACKS['buffalo_l'])[3]
     return Detector(detector, sizes), Embedder(recogniser, wanted, folder.name)
 
 # %% ../nbs/method/02_face.ipynb #43921451
@@ -474,7 +518,7 @@ class FaceReader:
         name='buffalo_l',  # pack: 'tiny' (drawn people), 'buffalo_l', ..., or the path of a folder
         root=None,         # folder that holds models/NAME; None: as for `pack_folder`
         providers=None,    # 'cpu', 'cuda' or a list of ONNX Runtime providers; None: the best
-        det_sizes=None,    # ladder of detector sizes, multiples of 32; None: the pack's own
+        det_sizes=None,    # detector sizes, multiples of 32, likeliest first; None: the pack's own
         det_thresh=.5,     # confidence below which a detection does not count
         download=False,    # fetch a missing pack (non-commercial research only)
     ):

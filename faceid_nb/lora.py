@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .checkpoint import read_tensors
 from .errors import BaseModelError, LoRAError
-from .files import atomic
+from .files import as_path, atomic
 
 # %% ../nbs/method/05_lora.ipynb #3c7f84f2
 def folded(W, down, up, weight=1.0):
@@ -178,17 +178,20 @@ def normal_lora(
 # %% ../nbs/method/05_lora.ipynb #126ba775
 def read_lora(path) -> dict:  # .safetensors or .bin, any dialect
     "A separate LoRA file, as `normal_lora` gives it. Raises `LoRAError`, `CheckpointError`."
-    path = Path(path)
+    path = as_path(path)
     return normal_lora(read_tensors(path)[0], path.name)
 
+# %% ../nbs/method/05_lora.ipynb #c31f0bae
 def save_lora(lora: dict, path):  # normalised keys, as `read_lora` gives them
-    """Write the separate LoRA file in the layout that diffusers loads, all or nothing. Returns
-    the path."""
+    """Write the separate LoRA file in kohya's words, which diffusers and ComfyUI load, all or
+    nothing. Returns the path."""
     flat = {}
     for key, tensor in lora.items():
         where, _, half = key.rpartition('.')
-        name = {'down': 'lora_A', 'up': 'lora_B'}[half]
-        flat[f'unet.{where}.{name}.weight'] = tensor.detach().cpu().clone().contiguous()
+        layer = 'lora_unet_' + where.replace('.', '_')
+        flat[f'{layer}.lora_{half}.weight'] = tensor.detach().cpu().clone().contiguous()
+        # the product weighs alpha / rank: one
+        flat[f'{layer}.alpha'] = torch.tensor(float(tensor.shape[half == 'up']))
     with atomic(path) as part: save_file(flat, part, {'format': 'pt'})
     return Path(path)
 

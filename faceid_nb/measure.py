@@ -17,10 +17,10 @@ import numpy as np
 from scipy.special import stdtrit
 from .adherence import as_list, prompt_adherence
 from .align import crop_template, similarity_transform, transform_points
-from .errors import ArgumentError, PackMissingError
+from .errors import ArgumentError, ImageError, PackMissingError
 from .face import Embedder, Face, FaceReader, choose_face
-from .files import people_in
-from .images import read_image
+from .files import at_home, people_in, warn_of_broken
+from .images import is_damaged, read_image
 from .persons import Person
 
 # %% ../nbs/use/22_measure.ipynb #f086ad95
@@ -34,7 +34,7 @@ def _open_embedder(path, providers): return Embedder(path, providers)
 
 def open_reader(name, root=None, providers=None) -> FaceReader:  # as for `FaceReader`
     "A reader, loaded once in a process."
-    return _open_reader(str(name), root, _hashable(providers))
+    return _open_reader(str(name), at_home(root), _hashable(providers))
 
 def open_embedder(path, providers=None) -> Embedder:
     "A recogniser from its .onnx file, loaded once in a process."
@@ -362,15 +362,31 @@ def _albums(people):
     raise ArgumentError(f'There are no people in {people}', 'No folder with pictures in it',
                         'Make one folder for each person, with photographs in it')
 
+def _embed_files(photos, judge, which):
+    "As `Judge.embed`; a damaged file is a picture without a face, and is named at the end."
+    faces, broken = [], {}
+    for photo in photos:
+        try: faces += judge.faces([photo], which)
+        except ImageError as e:
+            if not is_damaged(photo, e): raise
+            broken[str(photo)] = e.found
+            faces.append(None)
+    warn_of_broken(broken, len(photos))
+    return judge.embed(faces)
+
+# %% ../nbs/use/22_measure.ipynb #abf0933b
 def calibrate(
     people,       # one list of photographs a person, two at least of each; or a folder of folders of them
     reader=None, judge=True, which='largest',  # as for `embed_faces`
 ) -> Calibration:
-    """Every photograph against every other. Photographs without a face are left out. Raises
-    ArgumentError."""
+    """Every photograph against every other. Photographs without a face are left out, and damaged
+    files, which are named. Raises ArgumentError, ImageError."""
+    named = not isinstance(people, (str, os.PathLike))   # a mistake in a list is an error
     people = _albums(people)
     owner = np.repeat(np.arange(len(people)), [len(p) for p in people])
-    e = embed_faces(list(itertools.chain(*people)), reader, judge, which)
+    photos = list(itertools.chain(*people))
+    judge = as_judge(judge, reader, _first_face(photos))
+    e = judge.embed(photos, which) if named else _embed_files(photos, judge, which)
     e, owner = e[~np.isnan(e[:, 0])], owner[~np.isnan(e[:, 0])]
     a, b = np.triu_indices(len(e), 1)
     cosines, same = (e @ e.T)[a, b], owner[a] == owner[b]

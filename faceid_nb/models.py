@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CARD_NEGATIVE', 'TERMS', 'SD15', 'SDXL', 'VIT_H', 'FACEID', 'TINY_MODELS', 'OFFICIAL_MODELS', 'MODELS', 'CONFIGS',
            'Model', 'known_model', 'tell_licence', 'is_sdxl', 'file_config', 'check_base', 'load_pipeline',
-           'find_parts', 'load']
+           'read_tokenizers', 'find_parts', 'load']
 
 # %% ../nbs/use/20_models.ipynb #149740f0
 import json
@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from .errors import ArgumentError, BaseModelError, WeightsMissingError
-from .hub import DDIM, HUB, TINY, choose_device, find_file, missing, no_bars, one_at_a_time
+from .files import at_home
+from .hub import (DDIM, HUB, TINY, check_cache, choose_device, find_file, find_variant, missing,
+                           no_bars, one_at_a_time, plain_defaults)
 
 # %% ../nbs/use/20_models.ipynb #33aac905
 @dataclass(frozen=True)
@@ -155,7 +157,8 @@ def _damaged(base, kind, e):
 def _load_vae(vae, dtype, hub):
     "Another VAE, from a folder or a repository. Raises `WeightsMissingError`."
     from diffusers import AutoencoderKL   # seconds: `MODELS` is asked for without it
-    try: return AutoencoderKL.from_pretrained(vae, torch_dtype=dtype, **hub)
+    word = dict(variant=find_variant(vae)) if Path(vae).is_dir() else {}
+    try: return AutoencoderKL.from_pretrained(vae, torch_dtype=dtype, **hub, **word)
     except Exception as e:
         raise missing(f'The VAE {vae}', vae, e, not hub['local_files_only']) from e
 
@@ -170,6 +173,7 @@ def _kind_of(sdxl):
 
 # %% ../nbs/use/20_models.ipynb #83e6cef3
 @no_bars(on=False)
+@plain_defaults()
 def load_pipeline(
     base,             # diffusers folder, .safetensors file, or repository
     vae=None,         # folder or repository of another VAE
@@ -177,12 +181,15 @@ def load_pipeline(
     sdxl=False,       # what a repository holds; a folder or file says so itself
 ):
     "A pipeline with the model card's scheduler. Raises `WeightsMissingError`, `BaseModelError`."
+    base, vae, cache_dir = at_home(base), at_home(vae), at_home(cache_dir)
     check_base(base)
     hub, here = dict(cache_dir=cache_dir, local_files_only=not download), Path(base).exists()
     sdxl = is_sdxl(base, sdxl)
     kind, parts = _kind_of(sdxl)
     if vae: parts['vae'] = _load_vae(vae, dtype, hub)
     single = Path(base).is_file()
+    if here and not single: hub['variant'] = find_variant(base)
+    if not here: check_cache(cache_dir)
     if single: parts['config'] = file_config(sdxl, cache_dir, download)
     make = kind.from_single_file if single else kind.from_pretrained
     try:
@@ -190,6 +197,22 @@ def load_pipeline(
     except Exception as e:
         if here: raise _damaged(base, kind, e) from e
         raise missing(f'The base model {base}', base, e, download) from e
+
+# %% ../nbs/use/20_models.ipynb #d80f74f6
+def read_tokenizers(
+    name,           # one of `MODELS`
+    download=True,  # False: only what is on this machine
+) -> list:
+    "The tokenizers of a model's base, one or for SDXL two; [] where they cannot be had."
+    from transformers import CLIPTokenizer   # seconds, as above
+    model = known_model(name)
+    base = TINY/model.base if model.repo is None else model.base
+    folders = ('tokenizer', 'tokenizer_2')[:2 if 'sdxl' in name else 1]
+    hub = dict(local_files_only=not download or model.repo is None)
+    try: found = [CLIPTokenizer.from_pretrained(base, subfolder=f, **hub) for f in folders]
+    except Exception: return []   # `load` says what is missing
+    # without files transformers makes one that knows two words and reads any number of them
+    return [t for t in found if t.model_max_length < 10_000]
 
 # %% ../nbs/use/20_models.ipynb #40b286f7
 def _beside(model, folder, part):
@@ -205,7 +228,7 @@ def find_parts(
     cache_dir=None, download=True,   # as for `find_file`
 ) -> dict:           # checkpoint, lora, encoder, base, vae: paths or names of repositories
     "Where the weights of a model are. Checkpoint and LoRA are fetched if need be."
-    m = known_model(name)
+    m, base, folder = known_model(name), at_home(base), at_home(folder)
     def fetch(file): return file and find_file(file, m.repo, folder, cache_dir, download)
     files = dict(checkpoint=fetch(m.checkpoint), lora=fetch(m.lora))
     here = base or _beside(m, folder, m.base)
@@ -254,25 +277,25 @@ def _put_together(model, pipe, adapter, reader, encoder):
 # %% ../nbs/use/20_models.ipynb #6d698377
 @one_at_a_time
 @no_bars(on=False)
+@plain_defaults()
 def load(
     name,             # one of `MODELS`
     device=None,      # None: a GPU if there is one
     dtype=None,       # None: float16 on a GPU, float32 on a CPU
     cache_dir=None,   # the hub's cache; None: its usual place
-    base=None,        # another base model: folder, .safetensors file, repository,
-                      # or a pipeline (which keeps its scheduler)
+    base=None,        # another base model: folder, .safetensors file, repository, or a pipeline
     folder=None,      # where to look for the files first, under their official names
     download=True,    # False: only what is on this machine
     providers=None,   # for the face reader, see `FaceReader`
 ):                    # -> FaceID
-    """Reader, adapter and pipeline for a name. Raises ArgumentError, WeightsMissingError,
-    CheckpointError."""
+    "Reader, adapter, pipeline for a name. Raises ArgumentError, WeightsMissingError, CheckpointError."
+    given = hasattr(base, 'unet')
+    base, folder, cache_dir = map(at_home, (base, folder, cache_dir))
     asked = dict(cache_dir=cache_dir, base=base, folder=folder, download=download,
                  providers=providers)
     model = known_model(name)
     device, dtype = choose_device(device, dtype)
     reader = _open_reader(model.pack, folder, device, download, providers)
-    given = hasattr(base, 'unet')
     parts = find_parts(name, None if given else base, folder, cache_dir, download)
     tell_licence(model)
     adapter, encoder = _open_adapter(model, parts, device, dtype, cache_dir, download)

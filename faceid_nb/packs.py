@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 from .errors import ArgumentError, PackMissingError
+from .files import as_path
 from .hub import TINY
 
 # %% ../nbs/ground/72_packs.ipynb #0894c069
@@ -38,6 +39,15 @@ PACK_SUMS = dict(
 
 LICENCE = 'InsightFace packs are for non-commercial research only'
 
+# %% ../nbs/ground/72_packs.ipynb #f773f341
+def place_of(name, root):
+    "The folder that holds the folder of packs. Raises PackMissingError where no home is known."
+    try: return as_path(root).absolute()
+    except ArgumentError as e:
+        wrong = f"The face pack '{name}' cannot be looked for"
+        do = 'Set HOME, or say with root= where packs lie'
+        raise PackMissingError(wrong, f'{root} is its place, and {e.found}', do) from None
+
 # %% ../nbs/ground/72_packs.ipynb #64e8ffa4
 def pack_folder(
     name,       # a pack's name, or the path of a folder that holds one
@@ -45,10 +55,9 @@ def pack_folder(
                 # for 'tiny' the folder in this package
 ) -> Path:
     "Where a pack lies or should lie."
-    if isinstance(name, os.PathLike) or os.sep in str(name):
-        return Path(name).expanduser().absolute()
+    if isinstance(name, os.PathLike) or os.sep in str(name): return as_path(name).absolute()
     if root is None: root = TINY if name == 'tiny' else '~/.insightface'
-    folder = Path(root).expanduser().absolute()/'models'/str(name)
+    folder = place_of(name, root)/'models'/str(name)
     nested = folder/str(name)
     return nested if nested.is_dir() and not list(folder.glob('*.onnx')) else folder
 

@@ -28,7 +28,7 @@ from .attention import cross_attention_layers
 from .checkpoint import read_tensors, save_checkpoint
 from .errors import ArgumentError, CheckpointError, FaceIDError
 from .face import FaceReader
-from .files import atomic
+from .files import as_path, atomic
 from .hub import TINY, has_bf16
 from .lora import lora_from_checkpoint, save_lora
 from .losses import Gauge, IdentityLoss, NoiseLoss, StructureLoss
@@ -401,10 +401,10 @@ def write_adapter(
     for part, tensors in adapter.state_dict().items():
         state[part] = {k: v.detach().to(dtype or v.dtype) for k, v in tensors.items()}
     stem = stem or stem_of(adapter.variant)
-    files = [save_checkpoint(state, Path(folder)/f'{stem}.safetensors', adapter.variant)]
+    files = [save_checkpoint(state, as_path(folder)/f'{stem}.safetensors', adapter.variant)]
     lora = lora_from_checkpoint(state['ip_adapter'],
                                 [path for path, *_ in cross_attention_layers(unet)])
-    if lora: files.append(save_lora(lora, Path(folder)/f'{stem}_lora.safetensors'))
+    if lora: files.append(save_lora(lora, as_path(folder)/f'{stem}_lora.safetensors'))
     return files
 
 # %% ../nbs/train/52_train.ipynb #5a2c1d24
@@ -494,7 +494,7 @@ def showing(
 def save_training(trainer, out):
     "Checkpoint and files into a folder, from the main process."
     if not trainer.base.accelerator.is_main_process: return
-    write_steps(trainer.steps, Path(out)/'adapter.ckpt')
+    write_steps(trainer.steps, as_path(out)/'adapter.ckpt')
     base = 'sdxl' if len(trainer.base.readers) > 1 else 'sd15'
     with trainer.steps.average.inside():
         write_adapter(trainer.adapter, trainer.base.unet, out,
@@ -542,8 +542,8 @@ def note(
     steps = run.trainer.steps
     figures = dict(step=steps.number, minutes=steps.spent/60, **run.shown | seen)
     if run.out and run.trainer.base.accelerator.is_main_process:
-        Path(run.out).mkdir(parents=True, exist_ok=True)
-        with open(Path(run.out)/'log.jsonl', 'a') as f: f.write(json.dumps(figures) + '\n')
+        as_path(run.out).mkdir(parents=True, exist_ok=True)
+        with open(as_path(run.out)/'log.jsonl', 'a') as f: f.write(json.dumps(figures) + '\n')
     return figures | dict(trainer=run.trainer)
 
 # %% ../nbs/train/52_train.ipynb #5a2c1d30
@@ -620,7 +620,7 @@ def train(
     parts = dict(encoder=encoder, identity=identity, structure=structure, accelerator=accelerator)
     trainer = Trainer(pipe, data, how, adapter, **parts)
     try:
-        if resume and out and (file := Path(out)/'adapter.ckpt').exists():
+        if resume and out and (file := as_path(out)/'adapter.ckpt').exists():
             read_steps(trainer.steps, file)
         yield from go(Run(trainer, out, minutes, steps, watch), save_every, log_every, gauge_every)
     finally: trainer.close()
@@ -660,9 +660,9 @@ def train_by(a):
     check_length(a.minutes, a.steps, 'neither --minutes nor --steps')
     photo_files(a.data)  # before anything is loaded
     pipe = load_base(a.base)
-    Path(a.out).mkdir(parents=True, exist_ok=True)
+    as_path(a.out).mkdir(parents=True, exist_ok=True)
     reader = FaceReader('tiny' if a.base == 'tiny' else a.pack, a.pack_root)
-    size, faces = a.size or side_of(pipe), Path(a.out)/'faces.pt'
+    size, faces = a.size or side_of(pipe), as_path(a.out)/'faces.pt'
     data = PhotoFolder(a.data, pipe.tokenizer, reader, size, faces, held=a.held, progress=True)
     recipe = Recipe(**{name: getattr(a, name) for name in FROM_COMMAND})
     yield from train(pipe, data, a.out, recipe, minutes=a.minutes, steps=a.steps, resume=a.resume)

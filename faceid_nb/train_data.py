@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['steps_to_others', 'check_held', 'warn_of_lonely', 'Groups', 'step_generator', 'Draws', 'check_table', 'LatentTable',
            'unit', 'table_batch', 'photo_files', 'face_of', 'FaceMemory', 'read_faces', 'square', 'square_photograph',
-           'aligned_photograph', 'caption_ids', 'caption_of', 'with_a_face', 'PhotoFolder', 'folder_batch', 'drop_out',
-           'encode_sdxl']
+           'aligned_photograph', 'caption_ids', 'caption_of', 'captions_of', 'with_a_face', 'PhotoFolder',
+           'folder_batch', 'drop_out', 'encode_sdxl']
 
 # %% ../nbs/train/50_train_data.ipynb #5a0c1d03
 import itertools
@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
 from .align import norm_crop
-from .errors import ArgumentError, NoFaceError
-from .files import atomic, people_in, photographs_of
-from .images import read_image
+from .errors import ArgumentError, ImageError, NoFaceError
+from .files import (as_path, atomic, name_some, people_in, photographs_of, read_text,
+                             warn_of_broken)
+from .images import is_damaged, read_image
 
 # %% ../nbs/train/50_train_data.ipynb #5a0c1d05
 def steps_to_others(
@@ -181,7 +182,7 @@ def table_batch(
 # %% ../nbs/train/50_train_data.ipynb #f40e11d2
 def photo_files(folder):
     "{person: [files]} of a folder that holds a folder for each person. Raises ArgumentError."
-    folder = Path(folder)
+    folder = as_path(folder)
     if not folder.is_dir():
         what_to_do = 'Give a folder that holds one folder for each person'
         raise ArgumentError(f'There is no folder {folder}', 'nothing to train on', what_to_do)
@@ -200,15 +201,25 @@ def face_of(image, reader):
     parts = ('embedding', 'box', 'landmarks')
     return {k: torch.as_tensor(getattr(face, k), dtype=torch.float32) for k in parts}
 
+# %% ../nbs/train/50_train_data.ipynb #a53ea603
 class FaceMemory:
     "Faces of files, each read once."
     def __init__(self,
         reader,      # `FaceReader`, or anything with `.best(image)`
         cache=None,  # file to remember them in; None: until the process ends
     ):
-        self.reader, self.cache, self.new = reader, cache, 0
-        self.known = torch.load(cache, weights_only=True) if cache and Path(cache).exists() else {}
+        self.reader, self.cache, self.new = reader, cache and as_path(cache), 0
+        self.broken = {}  # file: why it cannot be read
+        there = self.cache and self.cache.exists()
+        self.known = torch.load(self.cache, weights_only=True) if there else {}
     def read(self, file):
+        "{embedding, box, landmarks}, None where there is no face, False for a damaged file."
+        try: return self.know(file)
+        except ImageError as e:
+            if not is_damaged(file, e): raise
+            self.broken[str(file)] = e.found
+            return False
+    def know(self, file):
         s = file.stat()
         key = f'{file.resolve()} {s.st_size} {s.st_mtime_ns} {getattr(self.reader, "name", "")}'
         if key not in self.known:
@@ -226,10 +237,12 @@ def read_faces(
     cache=None,  # file to remember them in
     progress=False,
 ):
-    "[dict(embedding, box, landmarks) or None where no face was found], one for each file."
+    """[dict(embedding, box, landmarks)], one for each file; None where no face was found, False
+    for a damaged file. Warns of these."""
     memory = FaceMemory(reader, cache)
     faces = [memory.read(f) for f in tqdm(files, disable=not progress, desc='reading faces')]
     memory.save()
+    warn_of_broken(memory.broken, len(files))
     return faces
 
 # %% ../nbs/train/50_train_data.ipynb #5a0c1d1a
@@ -274,10 +287,25 @@ def caption_ids(tokenizer, texts):
 def caption_of(
     file,       # path of a picture
     otherwise,  # where no text lies beside it
+    guessed=None,  # list of files whose encoding is a guess; grows
 ):
-    "What the text beside a picture says."
-    text = file.with_suffix('.txt')
-    return text.read_text().strip() if text.exists() else otherwise
+    "What the text beside a picture says. Raises ArgumentError for a file that is no text."
+    for text in map(file.with_suffix, ('.txt', '.TXT')):
+        if not text.exists(): continue
+        caption, encoding = read_text(text)
+        if encoding == 'cp1252' and guessed is not None: guessed.append(text)
+        return caption
+    return otherwise
+
+def captions_of(files, otherwise) -> list:
+    "The captions of pictures; warns of those that are no UTF-8."
+    guessed = []
+    captions = [caption_of(f, otherwise, guessed) for f in files]
+    if guessed:
+        warnings.warn(f'{len(guessed)} of {len(files)} captions are not UTF-8 and are read as Western '
+                      f'European (cp1252). If that is wrong, save them as UTF-8: {name_some(guessed)}',
+                      stacklevel=3)
+    return captions
 
 # %% ../nbs/train/50_train_data.ipynb #5a0c1d21
 def with_a_face(
@@ -286,7 +314,7 @@ def with_a_face(
 ):
     """Numbers of the files that show a face; warns of the others. Raises NoFaceError where there
     is none."""
-    keep = [k for k, face in enumerate(faces) if face is not None]
+    keep = [k for k, face in enumerate(faces) if face]
     if not keep:
         what = f'{len(files)} pictures in {folder}'
         raise NoFaceError('No face was found in any photograph', what,
@@ -321,7 +349,7 @@ class PhotoFolder:
         self.embeds = torch.stack([face['embedding'].flatten() for face in self.faces])
         self.groups = Groups(person[keep], held, same)
         self.crops, self.several = crops, several
-        self.captions = [caption_of(f, caption) for f in self.files]
+        self.captions = captions_of(self.files, caption)
         self.ids = caption_ids(tokenizer, self.captions)
     def __len__(self): return len(self.files)
     def __getitem__(self, at): return folder_batch(self, *at)

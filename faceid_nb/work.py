@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROWWISE', 'cut', 'Batch', 'batches', 'default_batch', 'out_of_memory', 'Parts', 'generate_cells', 'FaceMemory',
-           'read_faces', 'Scoring', 'measure_cells', 'load_once', 'load_recipe', 'make_batch', 'Pool', 'smaller',
-           'Queue', 'work_off']
+           'read_faces', 'Scoring', 'measure_cells', 'load_once', 'check_as_loaded', 'load_recipe', 'make_batch',
+           'Pool', 'smaller', 'Queue', 'work_off']
 
 # %% ../nbs/study/34_work.ipynb #b6cefb65
 import concurrent.futures as cf
@@ -19,7 +19,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,6 +30,7 @@ from .cells import identify, identify_photo
 from .errors import ArgumentError, FaceIDError
 from .face import Face
 from .faceid import PROMPT
+from .files import as_path
 from .hub import choose_device
 from .measure import Judge, measure_pictures
 from .persons import Person, as_person
@@ -157,6 +157,7 @@ class FaceMemory:
         key = str(reader.folder), identify_photo(photo), which
         if key not in self.faces:
             if len(self.faces) >= self.most: self.faces.pop(next(iter(self.faces)))
+            if isinstance(photo, (str, os.PathLike)): photo = Path(photo).expanduser()
             self.faces[key] = reader.best(photo, which)
         return self.faces[key]
 
@@ -228,11 +229,21 @@ def load_once(recipe) -> tuple:  # (`FaceID`, its lock)
     "The model of this process for the arguments of `load`, a tuple of pairs."
     with _loading: return _load(recipe)
 
+def check_as_loaded(model):
+    "Raise ArgumentError where a `FaceID` is not what `load` makes any more: a worker would draw otherwise."
+    changes = model.changes()
+    if not changes: return model
+    raise ArgumentError('A worker would make other pictures than this FaceID',
+                        f'Since it was loaded it was given another {", another ".join(changes)}',
+                        'Run without an executor, or save the changed base model and name it: '
+                        'load=dict(base=...)')
+
+# %% ../nbs/study/34_work.ipynb #a7be6647
 def load_recipe(model, load) -> tuple:
     """What a worker loads for a name or a `FaceID`: the arguments of `load` as pairs. Raises
     ArgumentError."""
     if isinstance(model, str): given = dict(load, name=model)
-    elif model.origin is not None: given = model.origin
+    elif model.origin is not None: given = check_as_loaded(model).origin
     else:
         raise ArgumentError('A worker cannot load this FaceID', 'It was put together by hand',
                             'Give the name of a model, and load=dict(base=...) for another base model')
@@ -274,7 +285,7 @@ def make_batch(
 # %% ../nbs/study/34_work.ipynb #ecbbf8d8
 def _portable(photo):
     if isinstance(photo, (list, tuple)): return [_portable(p) for p in photo]
-    return Path(photo).read_bytes() if isinstance(photo, (str, os.PathLike)) else photo
+    return as_path(photo).read_bytes() if isinstance(photo, (str, os.PathLike)) else photo
 
 def _pack(batch, load):
     "A batch as it travels to a worker."

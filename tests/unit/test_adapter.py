@@ -403,6 +403,20 @@ def test_several_photographs_of_one_person():
     two = face_embeddings([[face(E[0]), E[1]], face(E[2])])
     assert dist(two[0], torch.nn.functional.normalize(E[0] + E[1], dim=0)) < 1e-6 and dist(two[1], E[2]) == 0
     assert face_embeddings([E[0], E[1]], several=True).shape == (1, 2, 512)
+
+
+@pytest.mark.parametrize('faces', [25*E[:1], [25*E[0]], 25*E[0].numpy()], ids=range(3))
+def test_a_raw_embedding_where_a_unit_one_is_read(faces):
+    with pytest.raises(ArgumentError, match='length 1.*25.0.*normed_embedding'): face_embeddings(faces)
+
+
+@pytest.mark.parametrize('length', [0, .7, .999, 2])
+def test_mixtures_of_unit_embeddings_are_read_as_they_are(length):
+    assert torch.equal(face_embeddings(length*E), length*E)
+
+
+def test_a_grey_picture_of_floats_is_no_table_of_embeddings():
+    with pytest.raises(ArgumentError, match='like a grey picture'): face_embeddings(torch.rand(300, 512))
     assert face_embeddings([[E[0], E[1]], [E[2], E[3]]], several=True).shape == (2, 2, 512)
 
 # --- training

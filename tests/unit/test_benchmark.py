@@ -474,3 +474,20 @@ def test_the_reader_of_a_name_is_the_one_that_the_model_would_have(model, tmp_pa
     assert B.find_reader('tiny-portrait', dict(folder=tmp_path)).folder == tmp_path/'models'/'tiny'
     assert B.find_reader('tiny-portrait', dict(folder=tmp_path/'models',
                                                providers=['cpu'])).folder == TINY/'models'/'tiny'
+
+
+def test_damaged_photographs_in_a_folder_are_left_out_and_noted(model, album, tmp_path):
+    folder = shutil.copytree(album, tmp_path/'album')
+    (folder/'p0'/'9.jpg').write_bytes(b'\xff\xd8\xff')
+    with pytest.warns(UserWarning, match='cannot be read'):
+        result = benchmark(Painter(model), folder, tmp_path/'out', num_samples=1, progress=False)
+    assert len(result.broken) == 1 and 'p0' in str(list(result.broken)[0])
+    assert re.search('Photographs left out, 1, .*9.jpg: ', benchmark_table(result))
+
+
+def test_who_has_damaged_photographs_only_is_left_out(album, tmp_path):
+    folder = shutil.copytree(album, tmp_path/'album')
+    (folder/'empty').mkdir()
+    (folder/'empty'/'1.png').write_bytes(b'')
+    left, broken = B.leave_out_damaged(name_people(folder), named=False)
+    assert sorted(left) == [f'p{i}' for i in range(N)] and list(broken.values()) == ['it is empty (0 bytes)']

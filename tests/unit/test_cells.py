@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from helpers_sweep import AXES, FACE, FakeModel, fast_sweep, names, run
 
-from faceid_nb.cells import identify, read_table, weights_hash
+from faceid_nb.cells import identify, read_table, scoring_name, weights_hash
 from faceid_nb.errors import ArgumentError
 from faceid_nb.files import read_record
 from faceid_nb.models import TINY
@@ -85,7 +85,8 @@ def test_what_identifies_plain_values():
 # weights
 
 def test_a_name_and_a_model_that_was_loaded_by_it_have_the_same_weights():
-    assert weights_hash('tiny-faceid') == weights_hash(SimpleNamespace(origin=dict(name='tiny-faceid')))
+    loaded = SimpleNamespace(origin=dict(name='tiny-faceid'), changes=list)
+    assert weights_hash('tiny-faceid') == weights_hash(loaded)
     assert weights_hash('tiny-faceid') != weights_hash('tiny-faceid-lora')
 
 
@@ -205,3 +206,42 @@ def test_a_table_says_what_is_not_there(partly_failed):
 def test_a_table_has_the_cells_scores(partly_failed):
     sweep, t, _ = partly_failed
     assert (t[t.seed < 2].adherence == [c.adherence for c in sweep.cells if c.parameters['seed'] < 2]).all()
+
+
+# what else makes a picture or a score
+
+@pytest.mark.parametrize('how', [
+    dict(judge=False), dict(scorer=len), dict(scorer=False), dict(measure=False)])
+def test_who_scores_is_part_of_a_name(how):
+    def key(**how): return Sweep(FakeModel(), dict(seed=[0]), dict(face=FACE), **how).cells[0].key
+    assert key(**how) == key(**how) != key()
+
+
+def test_a_file_of_a_judge_counts_by_its_contents(tmp_path):
+    (tmp_path/'judge.onnx').write_bytes(b'1')
+    before = scoring_name(judge=tmp_path/'judge.onnx')
+    (tmp_path/'judge.onnx').write_bytes(b'12')
+    assert scoring_name(judge=tmp_path/'judge.onnx') != before
+
+
+@pytest.mark.parametrize('kind', ['np', 'pt', 'latent'])
+def test_arrays_are_refused_before_anything_is_made(tmp_path, kind):
+    m = FakeModel()
+    for axes, fixed in ((dict(seed=[0]), dict(output_type=kind)), (dict(output_type=['pil', kind]), {})):
+        with pytest.raises(ArgumentError, match='A cell of a sweep is a picture'):
+            Sweep(m, axes, dict(face=FACE) | fixed)
+    assert not m.sizes
+
+
+def test_a_row_without_a_picture_is_made_again(tmp_path):
+    "As older versions left it behind for output_type='np'."
+    run(fast_sweep(AXES), tmp_path)
+    with sqlite3.connect(tmp_path/'cells.sqlite') as db: db.execute('UPDATE cells SET file = NULL')
+    assert not any(c.kept for c in run(fast_sweep(AXES), tmp_path))
+
+
+def test_home_is_known(tmp_path, monkeypatch, red):
+    monkeypatch.setenv('HOME', str(red.parent))
+    assert photo_key('~/a.png') == photo_key(red)
+    made = run(fast_sweep(AXES), '~/out')
+    assert made[0].file.is_relative_to(red.parent/'out') and len(read_table('~/out')) == len(made)

@@ -456,3 +456,11 @@ def test_split_keeps_what_is_known(tmp_path):
     assert (c.variant, c.lora_rank) == ('faceid', 0)
     whole = C.read_checkpoint(V.join_lora(bare, lora, tmp_path / 'whole.bin', names))
     assert same(whole.image_proj, state['image_proj']) and same(whole.ip_adapter, state['ip_adapter'])
+
+
+def test_a_raw_training_state_is_called_so_with_what_to_do(tmp_path):
+    "With a LoRA among its layers, as the training script of FaceID has it, and the UNet's own tensors."
+    names = ('unet.conv_in.weight', 'image_proj_model.norm.weight', 'adapter_modules.0.to_q_lora.down.weight')
+    torch.save({n: torch.zeros(2) for n in names}, tmp_path/'pytorch_model.bin')
+    with pytest.raises(CheckpointError, match='a raw training state.*Leave out unet.*ip_adapter'):
+        C.read_checkpoint(tmp_path/'pytorch_model.bin')

@@ -403,3 +403,36 @@ def test_no_face_for_real(tmp_path, capsys):
     Image.new('RGB', (300, 200), 'gray').save(tmp_path/'p.png')
     assert run('portrait', tmp_path/'p.png', 'photo of a person', '--out', tmp_path/'out', '--quiet') == 2
     assert 'No face' in one_line(capsys) and not (tmp_path/'out').exists()
+
+
+# -- prompts and consoles
+
+LONG = 'photo of a person ' + 'with glasses, '*20 + 'at the very end'
+
+
+def test_what_is_not_read_of_a_prompt_is_said(capsys):
+    cli.say_cut(cli.find_tokenizers('tiny-faceid'), 'photo of a person', LONG, LONG, None)
+    said = capsys.readouterr().err
+    assert said.count('too long') == 1 and 'at the very end' in said and 'photo of' not in said
+
+
+def test_a_prompt_that_just_fits_is_read_whole():
+    tokenizer, = cli.find_tokenizers('tiny-faceid')
+    fits = ' '.join(['a']*(tokenizer.model_max_length - 2))
+    assert cli.part_not_read(tokenizer, fits) == '' and cli.part_not_read(tokenizer, fits + ' b') == 'b'
+
+
+def test_a_console_that_lacks_a_letter_costs_no_table(photo, tmp_path, stand_in, monkeypatch):
+    stand_in()
+    console = io.TextIOWrapper(io.BytesIO(), 'cp1252')
+    monkeypatch.setattr('sys.stdout', console)
+    assert run('portrait', photo, 'a', '--samples', 1, '--steps', 1, '--out', tmp_path/'写真') == 0
+    assert b'\\u5199' in console.buffer.getvalue()
+
+
+def test_out_in_the_home_folder(photo, tmp_path, stand_in, monkeypatch):
+    stand_in()
+    monkeypatch.setenv('HOME', str(tmp_path/'home'))
+    monkeypatch.chdir(tmp_path)
+    assert run('portrait', photo, 'a', '--samples', 1, '--steps', 1, '--out', '~/out') == 0
+    assert (tmp_path/'home'/'out'/'0001.png').exists() and not (tmp_path/'~').exists()

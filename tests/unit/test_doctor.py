@@ -50,3 +50,13 @@ def test_a_look_that_falls_over_is_a_finding():
 ])
 def test_a_finding_in_words(finding, text):
     assert str(finding) == text
+
+
+def test_a_user_without_a_home(monkeypatch):
+    import pwd
+    monkeypatch.delenv('HOME')
+    monkeypatch.setattr(pwd, 'getpwuid', {}.__getitem__)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', '~/.cache/huggingface/hub')
+    findings = doctor.examined(doctor.look_at_weights)
+    assert {f.state for f in findings} == {'ok', 'note'}
+    assert all('HOME is not set' in f.what and 'Set HOME' in f.advice for f in findings[1:])

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from faceid_nb.errors import (ArgumentError, CheckpointError, FaceChoiceError, ImageError, NoFaceError,
                               PackMissingError)
 from faceid_nb.face import (Detector, Embedder, Face, FaceReader, agreement, choose_face, draw_faces,
-                            load_face, mean_face, save_face)
+                            load_face, mean_face, save_face, thick_enough)
 from faceid_nb.images import read_image
 from faceid_nb.packs import PACK_SUMS, PACKS, check_pack, download_pack, pack_folder
 from faceid_nb.tiny.people import render, sample_people
@@ -143,6 +143,55 @@ def test_a_second_look_at_close_ups(first, second, trusted):
     assert d.model.asked == [100, 150] and rung == ('64, close-up' if trusted else '64')
     assert np.allclose(boxes[0], np.subtract(second, [25]*4 + [0]) if trusted else first)
     assert np.allclose(points[0, 0], boxes[0, :2])
+
+
+CROWD = [[5, 5, 90, 90, .95], [10, 10, 30, 30, .9], [60, 10, 80, 30, .85]]
+
+
+def test_a_crowd_is_not_taken_for_one_giant_face():
+    d = Detector(Scripted({100: CROWD, 150: [30, 30, 120, 120, .99]}), (64,))
+    boxes, _, rung = d.detect(NOBODY)
+    assert rung == '64' and np.allclose(boxes, CROWD)
+
+
+def test_parts_of_a_close_up_are_no_crowd():
+    unsure = [CROWD[0], CROWD[1], [60, 10, 80, 30, .55]]
+    d = Detector(Scripted({100: unsure, 150: [30, 30, 120, 120, .99]}), (64,))
+    assert d.detect(NOBODY)[2] == '64, close-up'
+
+
+@pytest.mark.parametrize('shape', [(3, 2000), (2000, 3), (1, 5000), (20, 4000), (1, 1)])
+def test_thin_pictures_have_no_face(reader, shape):
+    assert reader.read(np.full((*shape, 3), 128, np.uint8)) == []
+
+
+def test_black_below_a_thin_picture_moves_nothing():
+    banner = np.arange(3*2000*3, dtype=np.uint32).astype(np.uint8).reshape(3, 2000, 3)
+    thick = thick_enough(banner, 320)
+    assert np.array_equal(thick[:3], banner) and thick.shape == (7, 2000, 3) and not thick[3:].any()
+
+
+@pytest.mark.parametrize('sizes', [640, (640, 640), [640.], np.array([640])], ids=range(4))
+def test_sizes_of_the_detector(sizes): assert Detector(None, sizes).sizes == (640,)
+
+
+@pytest.mark.parametrize('sizes', [0, (500,), (100, 320), (), 'large', -32, (None,)], ids=range(7))
+def test_sizes_that_no_detector_has(sizes):
+    with pytest.raises(ArgumentError, match='multiples of 32'): Detector(None, sizes)
+
+
+@pytest.mark.parametrize('name', ['faces [v2]', 'what?', 'a*b', "it's", 'größe 写真'])
+def test_any_name_of_a_folder(root, tmp_path, name):
+    shutil.copytree(root/'models'/'fake', tmp_path/name/'models'/'fake')
+    photo = fake_photo([(160, 150, 20, 1)])
+    one, other = (FaceReader('fake', r, 'cpu', SIZES).best(photo) for r in (root, tmp_path/name))
+    assert np.array_equal(one.embedding, other.embedding)
+
+
+def test_brackets_and_no_detector(root, tmp_path):
+    shutil.copytree(root/'models'/'fake', tmp_path/'[1]')
+    (tmp_path/'[1]'/'det.onnx').write_bytes((tmp_path/'[1]'/'rec.onnx').read_bytes())
+    with pytest.raises(PackMissingError, match='none of its files is a detector'): FaceReader(tmp_path/'[1]')
 
 
 def test_no_second_look_at_ordinary_faces():

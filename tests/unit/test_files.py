@@ -1,5 +1,6 @@
 """The disk: whole files or none, nothing written over, pictures with their record, one reader of folders
 of people."""
+import io
 import json
 
 import numpy as np
@@ -139,3 +140,79 @@ def test_folders_and_loose_photographs_are_asked_about(tmp_path):
 def test_no_folder(name, found, tmp_path):
     (tmp_path/'file').touch()
     with pytest.raises(ArgumentError, match=found): files.people_in(tmp_path/name)
+
+
+@pytest.mark.parametrize('kind', ['jfif', 'gif', 'heic', 'AVIF'])
+def test_kinds_that_not_every_pillow_reads_are_not_passed_over(kind, tmp_path):
+    lay_out(tmp_path, f'a/1.{kind}')
+    assert names_in(files.people_in(tmp_path)) == dict(a=[f'1.{kind}'])
+
+
+def test_brackets_in_a_stem(tmp_path):
+    (tmp_path/'grid[1]_0001.png').touch()
+    assert files.free_name(tmp_path, 'grid[1]') == 'grid[1]_0002'
+
+
+# -- paths
+
+@pytest.fixture
+def homeless(monkeypatch):
+    "A user without HOME and without an account."
+    import pwd
+    def unknown(uid): raise KeyError(f'getpwuid(): uid not found: {uid}')
+    monkeypatch.delenv('HOME')
+    monkeypatch.setattr(pwd, 'getpwuid', unknown)
+
+
+def test_the_home_folder(monkeypatch):
+    monkeypatch.setenv('HOME', '/somewhere')
+    assert str(files.as_path('~/a/b.jpg')) == '/somewhere/a/b.jpg' and str(files.as_path('~')) == '/somewhere'
+
+
+@pytest.mark.parametrize('path', ['~draft.jpg', 'a/~/b', './~', '/x/~y', 'a~'])
+def test_a_wave_elsewhere_is_a_letter(path): assert files.as_path(path) == files.Path(path)
+
+
+@pytest.mark.parametrize('path', ['~', '~/a.jpg'])
+def test_no_home_is_said(homeless, path):
+    with pytest.raises(ArgumentError, match='none is known.*HOME is not set'): files.as_path(path)
+
+
+WRITERS = dict(new=lambda path: files.write_new(b'x', path.rsplit('/', 1)[0]),
+               png=lambda path: files.save_png(Image.new('RGB', (2, 2)), path),
+               stem=lambda path: files.free_name(path.rsplit('/', 1)[0], 'a'))
+
+
+@pytest.mark.parametrize('writer', WRITERS)
+def test_nothing_is_written_into_a_folder_called_wave(writer, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path/'home'))
+    monkeypatch.chdir(tmp_path)
+    WRITERS[writer]('~/out/a.png')
+    assert [p.name for p in tmp_path.iterdir()] == ['home'] and (tmp_path/'home'/'out').is_dir()
+
+
+# -- texts of others
+
+ENCODINGS = 'utf-8 utf-8-sig utf-16 utf-16-le utf-16-be latin-1 cp1252'.split()
+
+
+@pytest.mark.parametrize('encoding', ENCODINGS)
+def test_a_text_in_any_encoding(encoding, tmp_path):
+    (tmp_path/'a.txt').write_bytes('ein schöner Mann, 70 Jahre\n'.encode(encoding))
+    assert files.read_text(tmp_path/'a.txt')[0] == 'ein schöner Mann, 70 Jahre'
+
+
+def test_what_is_no_text_is_named(tmp_path):
+    (tmp_path/'a.txt').write_bytes(b'\x81\x8d\x8f')
+    with pytest.raises(ArgumentError, match='a.txt.*is not a text'): files.read_text(tmp_path/'a.txt')
+
+
+def test_letters_that_are_no_letters_do_not_cost_the_picture(picture):
+    picture.info['faceid_nb']['prompt'] = 'a \udcff b'
+    assert Image.open(io.BytesIO(files.png_bytes(picture))).text['Description'] == 'a ? b'
+
+
+def test_broken_pictures_are_counted_and_named():
+    broken = {f'{k}.jpg': 'it is empty' for k in range(7)}
+    with pytest.warns(UserWarning, match='7 of 900.*0.jpg: it is empty;.*and 2 more'):
+        files.warn_of_broken(broken, 900)

@@ -7,8 +7,10 @@ import sys
 
 import goldens_build as gold
 import pytest
+import torch
 from conftest import ROOT
-from faceid_nb.hub import HUB
+from faceid_nb.errors import WeightsMissingError
+from faceid_nb.hub import HUB, find_file, find_variant, plain_defaults
 from faceid_nb.models import CONFIGS, MODELS, VIT_H
 from helpers_archive import archive
 from hub_server import Hub
@@ -213,3 +215,39 @@ def test_no_network(tmp_path):
     assert found['error'] == 'WeightsMissingError'
     assert 'cannot be reached' in found['says']
     assert not blobs(tmp_path)
+
+
+def test_no_place_for_downloads_is_said(monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', '~/.cache/huggingface/hub')
+    with pytest.raises(WeightsMissingError, match='no place.*HF_HOME'): find_file('a.bin', 'some/repo')
+
+
+# --- torch's defaults
+
+def test_defaults_are_put_back():
+    torch.set_default_dtype(torch.float64)
+    try:
+        with plain_defaults(): assert torch.zeros(1).dtype == torch.float32
+        assert torch.zeros(1).dtype == torch.float64
+    finally: torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    def put(*names):
+        for name in names:
+            (tmp_path/name).parent.mkdir(exist_ok=True)
+            (tmp_path/name).touch()
+        return tmp_path
+    return put
+
+
+FP16 = 'unet/diffusion_pytorch_model.fp16.safetensors', 'text_encoder/model.fp16.safetensors'
+PLAIN = 'unet/diffusion_pytorch_model.safetensors', 'text_encoder/model.bin'
+
+
+@pytest.mark.parametrize('names, variant', [
+    (FP16, 'fp16'), (PLAIN, None), (FP16 + PLAIN, None), (FP16[:1] + PLAIN[1:], 'fp16'), ((), None),
+    (('unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors',), 'fp16'),
+    (('unet/diffusion_pytorch_model-00001-of-00002.safetensors',), None)], ids=range(7))
+def test_weights_of_a_variant(names, variant, weights): assert find_variant(weights(*names)) == variant

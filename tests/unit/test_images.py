@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
@@ -229,3 +230,42 @@ def test_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     read_image(PNG)
     assert not list(tmp_path.iterdir())
+
+
+# --- values that may mean two things
+def test_a_colour_that_a_file_calls_transparent_is_white():
+    spotted = RGB.copy()
+    spotted.putpixel((0, 0), (9, 8, 7))
+    assert (read_image(saved(spotted, transparency=(9, 8, 7)))[0, 0] == 255).all()
+
+
+def test_a_grey_that_a_file_calls_transparent_is_white():
+    spotted = RGB.convert('L')
+    spotted.putpixel((0, 0), 7)
+    assert (read_image(saved(spotted, transparency=7))[0, 0] == 255).all()
+
+
+def test_a_dark_picture_of_16_bits_is_dark():
+    dark = Image.fromarray(GREY.astype(np.uint16))
+    assert read_image(saved(dark)).max() <= 1
+
+
+def test_floats_a_little_above_one_are_no_black_picture():
+    with pytest.raises(ImageError, match='out of range.*1.01'): read_image(PHOTO/PHOTO.max()*1.01)
+
+
+@pytest.mark.parametrize('tensor', [torch.tensor(PHOTO/255).bfloat16(),
+                                    torch.tensor(PHOTO/255).float().requires_grad_()], ids=range(2))
+def test_tensors_that_numpy_does_not_know(tensor):
+    assert abs(read_image(tensor).astype(int) - PHOTO).max() <= 1
+
+
+def test_a_tiff_of_floats_is_named():
+    with pytest.raises(ImageError, match='TIFF of a kind'): read_image(b'II*\0' + bytes(60))
+
+
+@pytest.mark.parametrize('fmt', ['GIF', 'WEBP', 'PNG'])
+def test_of_an_animation_the_first_picture(fmt):
+    later = RGB.transpose(T.ROTATE_180)
+    moving = saved(RGB, fmt, save_all=True, append_images=[later])
+    assert abs(read_image(moving).astype(int) - PHOTO).mean() < 9

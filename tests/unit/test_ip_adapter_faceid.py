@@ -325,3 +325,83 @@ def test_separate_counts_the_photographs(files):
     path = files(gold.case('portrait')['checkpoint'])
     m = separate.IPAdapterFaceID(gold.pipeline('sd'), path, 'cpu', n_cond=5)
     with pytest.raises(ArgumentError, match='n_cond=5 contradicts'): m.generate(EYE[:3][None], **FAST)
+
+
+# --- what the original's objects have, and what it runs
+@pytest.mark.parametrize('name', ['set_scale', 'image_proj_model', 'torch_dtype', 'device', 'ip_ckpt', 'pipe',
+                                  'num_tokens', 'lora_rank', 'init_proj', 'set_ip_adapter',
+                                  'load_ip_adapter'])
+def test_what_an_instance_has(model, name): assert getattr(model, name) is not None
+
+
+def test_what_an_instance_of_plus_has(files, encoder):
+    model, (face, _) = made_for('plus', files, encoder)
+    assert model.image_encoder_path == encoder and model.torch_dtype == torch.float32
+    assert model.clip_image_processor(images=face, return_tensors='pt').pixel_values.shape[:2] == (1, 3)
+
+
+def test_a_scale_that_is_set_gives_way_to_that_of_generate(model, two):
+    before = latents(model, two[:1], num_samples=1, seed=1, **FAST)
+    model.set_scale(.1)
+    assert far(before, latents(model, two[:1], num_samples=1, seed=1, **FAST)) == 0 and model.scale == 1.
+
+
+def test_another_checkpoint_is_read_again(files, two):
+    m = together.IPAdapterFaceID(gold.pipeline('sd'), files('ip-adapter-faceid_sd15.bin'), 'cpu')
+    before = latents(m, two[:1], num_samples=1, seed=1, **FAST)
+    m.load_ip_adapter()
+    assert far(before, latents(m, two[:1], num_samples=1, seed=1, **FAST)) == 0
+
+
+def test_one_vector_is_one_person(model, two):
+    call = dict(num_samples=2, seed=1, **FAST)
+    assert far(latents(model, two[0], **call), latents(model, two[:1], **call)) == 0
+
+
+@pytest.mark.parametrize('more, says', [
+    (dict(num_images_per_prompt=2), 'num_images_per_prompt is not taken here.*Use num_samples'),
+    (dict(generator=None), 'Use seed'), (dict(num_samples=0), 'num_samples must be a whole number from 1')])
+def test_arguments_with_another_name(model, more, says):
+    with pytest.raises(ArgumentError, match=says): model.generate(EYE[:1], **FAST | more)
+
+
+MODULE = pytest.mark.parametrize('module', [together, separate])
+
+
+@MODULE
+def test_xl_has_the_originals_order_and_guidance(files, module):
+    m = module.IPAdapterFaceIDXL(gold.pipeline('sdxl'), files('ip-adapter-faceid_sdxl.bin'), 'cpu')
+    order = ['faceid_embeds', 'prompt', 'negative_prompt', 'scale', 'num_samples', 'seed']
+    order.append('num_inference_steps')
+    assert names(m.generate) == [*order, 'kwargs']
+    call = dict(width=16, height=16, output_type='latent')
+    short = latents(m, EYE[:1], 'a', 'b', 1., 1, 3, 2, **call)
+    assert far(short, latents(m, EYE[:1], 'a', 'b', 1., 1, 3, 2, guidance_scale=5., **call)) == 0
+
+
+def test_the_second_module_has_plus_for_xl(files, encoder):
+    path = files('ip-adapter-faceid-plusv2_sdxl.bin')
+    m = separate.IPAdapterFaceIDPlusXL(gold.pipeline('sdxl'), encoder, path, 'cpu')
+    assert m.shortcut and m.adapter.lora_weight == 0
+
+
+@pytest.fixture(scope='module')
+def apart(files):
+    return separate.IPAdapterFaceID(gold.pipeline('sd'), files('ip-adapter-faceid_sd15.bin'), 'cpu', 4, 2)
+
+
+def test_four_tokens_of_each_photograph(apart, two):
+    "The original's tokens side by side: as a Portrait of the same projection has them."
+    tokens, nobody = apart.get_image_embeds(two[None])
+    singles = torch.cat([apart.get_image_embeds(e)[0] for e in two], 1)
+    assert tokens.shape == nobody.shape == (1, 8, 64) and far(tokens, singles) < 1e-6
+    both = latents(apart, two[None], num_samples=1, seed=1, **FAST)
+    assert far(both, latents(apart, two[:1], num_samples=1, seed=1, **FAST)) > 1e-3
+    assert far(both, latents(apart, two.flip(0)[None], num_samples=1, seed=1, **FAST)) < 1e-4
+
+
+def test_a_picture_of_each_prompt(apart, two):
+    call = dict(FAST, negative_prompt='b')
+    both = latents(apart, two[:1], ['a man', 'a woman'], num_samples=2, seed=[1, 2], **call)
+    assert len(both) == 2
+    assert far(both[1], latents(apart, two[:1], 'a woman', num_samples=1, seed=[2], **call)[0]) < 1e-4

@@ -1,13 +1,16 @@
 """Folding and unfolding: bit for bit, whatever happens in between."""
 import copy
+from itertools import product
 import pytest, torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, inject_adapter_in_model
+from faceid_nb.checkpoint import read_tensors
 from faceid_nb.errors import LoRAError
-from faceid_nb.lora import Folded, LoRA, can_fold, folded, lora_from_checkpoint, lora_pairs, read_lora
+from faceid_nb.lora import (Folded, LoRA, can_fold, folded, lora_from_checkpoint, lora_pairs, read_lora,
+                            save_lora)
 import goldens_build as G
 
 quick = settings(max_examples=25, deadline=None)
@@ -421,3 +424,33 @@ def test_group_offload_to_disk_after_refuses_to_be_undone(offload, tmp_path):
     l = LoRA(net, lora)
     group_offload(net, offload_to_disk_path=str(tmp_path))
     with pytest.raises(LoRAError, match='offloaded after'): l.undo()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    "(a pipeline, a LoRA for it, its file)"
+    pipe = G.pipeline('sd')
+    inside = G.state('ip-adapter-faceid_sd15.bin')['ip_adapter']
+    lora = lora_from_checkpoint(inside, list(pipe.unet.attn_processors))
+    return pipe, lora, save_lora(lora, tmp_path/'mine.safetensors')
+
+
+def test_a_saved_lora_has_the_names_that_comfyui_looks_for(saved):
+    pipe, lora, path = saved
+    names = {'lora_unet_' + key.rpartition('.')[0].replace('.', '_') for key in lora}
+    halves = ('alpha', 'lora_down.weight', 'lora_up.weight')
+    assert set(read_tensors(path)[0]) == {'.'.join(pair) for pair in product(names, halves)}
+
+
+def test_diffusers_loads_a_saved_lora_whole(saved):
+    pipe, lora, path = saved
+    pipe.load_lora_weights(path)
+    for where in {key.rpartition('.')[0] for key in lora}:
+        delta = pipe.unet.get_submodule(where).get_delta_weight('default_0')
+        assert (delta - lora[f'{where}.up'] @ lora[f'{where}.down']).abs().max() < 1e-5
+
+
+def test_a_saved_lora_is_read_again_bit_for_bit(saved):
+    pipe, lora, path = saved
+    back = read_lora(path)
+    assert back.keys() == lora.keys() and all(torch.equal(back[k], lora[k]) for k in lora)

@@ -464,3 +464,29 @@ def test_every_picture_is_looked_at_once(reader, looked):
 
 def test_nothing_to_measure(reader):
     assert M.measure_pictures(person(1), [], reader=reader)['likeness'].shape == (0,)
+
+
+# -- damaged files
+
+@pytest.fixture
+def photographs(tmp_path):
+    "A folder of two people with two photographs each, and a damaged one."
+    for i, name in enumerate('ab'):
+        (tmp_path/name).mkdir()
+        for k in range(2): Image.fromarray(person(i, 150 + 10*k)).save(tmp_path/name/f'{k}.png')
+    (tmp_path/'a'/'2.jpg').write_bytes(b'\xff\xd8\xff')
+    return tmp_path
+
+
+def test_a_damaged_file_among_thousands_is_named(photographs, reader):
+    with pytest.warns(UserWarning, match=r'1 of 5 pictures cannot be read.*2.jpg: '):
+        damaged = M.calibrate(photographs, reader)
+    (photographs/'a'/'2.jpg').unlink()
+    whole = M.calibrate(photographs, reader)
+    close(damaged.genuine, whole.genuine)
+    close(damaged.impostor, whole.impostor)
+
+
+def test_a_damaged_file_that_was_named_is_an_error(photographs, reader):
+    named = [[photographs/'a'/'2.jpg', photographs/'a'/'0.png'], [photographs/'b'/'0.png']]
+    with pytest.raises(ImageError, match='2.jpg'): M.calibrate(named, reader)

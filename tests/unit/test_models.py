@@ -414,3 +414,49 @@ def test_threads_load_one_after_the_other(monkeypatch):
     for m in made: assert {p.device.type for p in m.pipe.unet.parameters()} == {'cpu'}
     import torch
     assert torch.nn.Linear(1, 1).weight.device.type == 'cpu'   # torch is as it was
+
+
+# --- edges of a machine
+
+def test_a_base_with_half_precision_files_only(pack, tmp_path):
+    half = M.load_pipeline(pack/'sd', dtype=torch.float16)
+    half.save_pretrained(tmp_path, variant='fp16')
+    me = load('tiny-faceid', pack, base=tmp_path)
+    weight, same = (p.unet.conv_in.weight for p in (me.pipe, half))
+    assert me.pipe.dtype == torch.float32 and torch.equal(weight.half(), same)
+
+
+def test_a_base_in_the_home_folder(pack, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(pack))
+    assert load('tiny-faceid', '~', base='~/sd').pipe.dtype == torch.float32
+
+
+@pytest.fixture
+def other_defaults():
+    yield torch
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+SOMEBODY = H.embedding()   # before anybody changes a default
+
+
+def drawn(pack):
+    return np.asarray(load('tiny-faceid', pack).generate(SOMEBODY, 'a man', num_samples=1, seed=0,
+                                                         num_inference_steps=2)[0])
+
+
+@pytest.mark.parametrize('change', [lambda t: t.set_default_dtype(torch.float64),
+                                    lambda t: t.set_default_dtype(torch.float16),
+                                    lambda t: t.set_default_device('meta')], ids=['double', 'half', 'device'])
+def test_pictures_do_not_depend_on_torchs_defaults(change, pack, other_defaults):
+    expected = drawn(pack)
+    change(other_defaults)
+    assert np.array_equal(drawn(pack), expected)
+
+
+@pytest.mark.parametrize('name, n', [('tiny-faceid', 1), ('tiny-sdxl-faceid', 2)])
+def test_tokenizers_without_a_model(name, n): assert len(M.read_tokenizers(name)) == n
+
+
+def test_tokenizers_that_are_not_here(): assert M.read_tokenizers('sd15-faceid', download=False) == []

@@ -167,3 +167,10 @@ def test_load_fetches_the_pack_only_where_it_may(mirror, tmp_path, monkeypatch):
     # the pack comes before the rest
     with pytest.raises(WeightsMissingError, match='ip-adapter-faceid_sd15.bin'): ask()
     assert len(mirror.asked) == 1 and names(tmp_path) == ['.insightface/' + n for n in WHOLE]
+
+
+def test_without_a_home_the_place_is_said(monkeypatch):
+    import pwd
+    monkeypatch.delenv('HOME')
+    monkeypatch.setattr(pwd, 'getpwuid', {}.__getitem__)
+    with pytest.raises(PackMissingError, match='HOME is not set.*root='): P.check_pack('buffalo_l')

@@ -265,3 +265,17 @@ def test_vectors_are_rows():
 def test_describes_itself():
     assert repr(find([face(0), face(1)])) == 'Person(2 photographs)'
     assert repr(find(E[0])) == 'Person(1 vector)'
+
+
+# --- a vector or a picture
+GREY_PICTURE = np.random.default_rng(0).random((300, 512), np.float32)
+
+
+@pytest.mark.parametrize('picture', [GREY_PICTURE, 255*GREY_PICTURE, torch.tensor(GREY_PICTURE),
+                                     np.zeros((300, 512)), GREY_PICTURE[:2]], ids=range(5))
+def test_a_grey_picture_of_floats_is_no_crowd(picture):
+    assert [len(p.faces) for p in as_people(picture, Reader())] == [1]
+
+
+@pytest.mark.parametrize('x', [GREY_PICTURE[0], GREY_PICTURE[:1], np.zeros((1, 512))], ids=range(3))
+def test_a_single_row_is_a_vector(x): assert is_vector(x)

@@ -209,3 +209,37 @@ def test_crops_of_a_folder_are_aligned_faces(pipe, folder):
     assert b['crops'].shape == (2, 3, 224, 224) and b['embeds'].shape == (2, 2, 512)
     want = norm_crop(read_image(data.files[4]), data.faces[4]['landmarks'].numpy(), 224)
     assert np.array_equal(b['crops'][0].permute(1, 2, 0).numpy(), want)
+
+
+# --- a folder from somebody's computer
+
+def test_a_damaged_picture_is_left_out_and_named(pipe, folder):
+    (folder/'ada'/'10.png').write_bytes(b'\x89PNG\r\n\x1a\n and nothing more')
+    reader = Reader()
+    with pytest.warns(UserWarning, match='1 of 6 pictures cannot be read.*10.png: '):
+        data = D.PhotoFolder(folder, pipe.tokenizer, reader, 64)
+    assert '10.png' not in [f.name for f in data.files] and len(data) > 1
+
+
+def test_a_damaged_picture_does_not_count_as_one_without_a_face(folder):
+    files = [folder/'ada'/name for name in ('10.png', '2.png')]
+    faces = [None, dict(a=1), False]
+    with pytest.warns(UserWarning) as said: D.with_a_face([*files, files[0]], faces, folder)
+    assert [str(w.message)[:40] for w in said] == ['1 of 3 photographs show no face and are ']
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'latin-1'])
+def test_a_caption_in_any_encoding(encoding, tmp_path):
+    (tmp_path/'a.txt').write_bytes('ein schöner Mann'.encode(encoding))
+    with quietly(): assert D.captions_of([tmp_path/'a.jpg'], 'else') == ['ein schöner Mann']
+
+
+def test_a_guessed_encoding_is_said(tmp_path):
+    (tmp_path/'a.txt').write_bytes('schön'.encode('latin-1'))
+    with pytest.warns(UserWarning, match='1 of 2 captions are not UTF-8.*cp1252.*a.txt'):
+        D.captions_of([tmp_path/'a.jpg', tmp_path/'b.jpg'], 'else')
+
+
+def test_a_caption_whose_name_ends_in_capitals(tmp_path):
+    (tmp_path/'A.TXT').write_text('a man')
+    assert D.caption_of(tmp_path/'A.JPG', 'else') == 'a man'
