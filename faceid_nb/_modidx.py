@@ -786,6 +786,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'faceid_nb.faceid.identity_arguments': ('use/faceid.html#identity_arguments', 'faceid_nb/faceid.py'),
                                   'faceid_nb.faceid.is_theirs': ('use/faceid.html#is_theirs', 'faceid_nb/faceid.py'),
                                   'faceid_nb.faceid.look_at': ('use/faceid.html#look_at', 'faceid_nb/faceid.py'),
+                                  'faceid_nb.faceid.negatives_of': ('use/faceid.html#negatives_of', 'faceid_nb/faceid.py'),
                                   'faceid_nb.faceid.paint': ('use/faceid.html#paint', 'faceid_nb/faceid.py'),
                                   'faceid_nb.faceid.pair_rows': ('use/faceid.html#pair_rows', 'faceid_nb/faceid.py'),
                                   'faceid_nb.faceid.people_of': ('use/faceid.html#people_of', 'faceid_nb/faceid.py'),

@@ -12,7 +12,6 @@ import io, mmap, pickletools, re, zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file as save_safetensors

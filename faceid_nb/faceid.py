@@ -7,8 +7,8 @@ __all__ = ['PROMPT', 'OURS', 'Row', 'whole_number', 'check_seeds', 'draw_seeds',
            'pair_rows', 'clean_latents', 'Step', 'Batch', 'cut_rows', 'split_rows', 'Stopped', 'Watch',
            'single_callbacks', 'check_callbacks', 'is_theirs', 'wanted_tensors', 'run_rows', 'check_arguments',
            'step_by_step', 'look_at', 'structure_people', 'record', 'alone', 'paint', 'check_number', 'people_of',
-           'give_negatives', 'check_texts', 'texts_of', 'check_structure', 'read_structure', 'generate', 'Loaded',
-           'FaceID']
+           'give_negatives', 'check_texts', 'texts_of', 'negatives_of', 'check_structure', 'read_structure', 'generate',
+           'Loaded', 'FaceID']
 
 # %% ../nbs/use/21_faceid.ipynb #93f16dd5
 import difflib
@@ -454,6 +454,11 @@ def texts_of(given, more, name='prompt'):
     if states is None: return given
     return [''] * (count_entries('prompt_embeds', states) or 1)
 
+def negatives_of(faceid, given, more):
+    "The negative texts of a call; the model's own where none is given."
+    texts = texts_of(given, more, 'negative_prompt')
+    return faceid.negative_prompt if texts is None else texts
+
 # %% ../nbs/use/21_faceid.ipynb #72b28870
 def check_structure(faceid, structure):
     "Raise ArgumentError where a structure cannot be read, or was given to a variant that has none."
@@ -505,14 +510,13 @@ def generate(self,
     "Pictures, all samples of the first face, then of the second. Each has its record in `.info`."
     check_arguments(self.pipe, more)
     steps = whole_number(num_inference_steps, 'num_inference_steps')
-    guidance_scale = check_number(guidance_scale, 'guidance_scale')
     people = people_of(face, self, which)
-    negative = texts_of(negative_prompt, more, 'negative_prompt')
-    if negative is None: negative = self.negative_prompt
-    rows = pair_rows(people, texts_of(prompt, more), negative, num_samples, seed, scale, s_scale)
+    texts = texts_of(prompt, more), negatives_of(self, negative_prompt, more)
+    rows = pair_rows(people, *texts, num_samples, seed, scale, s_scale)
     give_negatives(self, rows, more.pop('negative', None), which)
     nobody = read_structure(self, rows, people, structure, which)
-    return paint(self, rows, nobody, batch_size, on_step, steps, guidance_scale, more)
+    guidance = check_number(guidance_scale, 'guidance_scale')
+    return paint(self, rows, nobody, batch_size, on_step, steps, guidance, more)
 
 # %% ../nbs/use/21_faceid.ipynb #6933b83f
 class Loaded:

@@ -12,7 +12,6 @@ __all__ = ['steps_to_others', 'check_held', 'warn_of_lonely', 'Groups', 'step_ge
 import itertools
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image

@@ -157,7 +157,7 @@ class FaceMemory:
         key = str(reader.folder), identify_photo(photo), which
         if key not in self.faces:
             if len(self.faces) >= self.most: self.faces.pop(next(iter(self.faces)))
-            if isinstance(photo, (str, os.PathLike)): photo = Path(photo).expanduser()
+            if isinstance(photo, (str, os.PathLike)): photo = as_path(photo)
             self.faces[key] = reader.best(photo, which)
         return self.faces[key]
 
