@@ -442,6 +442,7 @@ def give_negatives(faceid, rows, negative, which):
     people = spread(people_of(negative, faceid, which), n, k, 'negative')
     for row, person in zip(rows, people): row.negative = person
 
+# %% ../nbs/use/21_faceid.ipynb #f9169274
 def check_texts(given, more, name):
     "Raise ArgumentError where a text and the states of one are both given."
     if given is None or more.get(f'{name}_embeds') is None: return
