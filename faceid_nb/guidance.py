@@ -28,6 +28,22 @@ READS = {1: (True,), 2: (False, True), 3: (True, False, False)}
 # rows for edits, concepts or masks beside those for the prompt
 _OWN_WAYS = 'Semantic', 'LEdits', 'DiffEdit', 'Pix2PixZero', 'AttendAndExcite'
 
+# %% ../nbs/method/09_guidance.ipynb #9f010013
+def single_callbacks(callback) -> list:
+    "The callbacks inside a `MultiPipelineCallbacks`, or the one."
+    if not hasattr(callback, 'callbacks'): return [callback]
+    singles = []
+    for inside in callback.callbacks: singles += single_callbacks(inside)
+    return singles
+
+def check_callbacks(callback):
+    "Raise ArgumentError for a callback that acts on another adapter than ours."
+    kinds = {type(c).__name__ for c in single_callbacks(callback)}
+    if 'IPAdapterScaleCutoffCallback' not in kinds: return
+    raise ArgumentError("IPAdapterScaleCutoffCallback acts on diffusers' own IP-Adapters",
+                        'This face is drawn by another adapter',
+                        'Say end=.5 in its place: no identity after half of the schedule')
+
 # %% ../nbs/method/09_guidance.ipynb #9f010003
 @dataclass
 class Caller:
@@ -43,8 +59,10 @@ class Caller:
     @property
     def interleaved(self): return 'Panorama' in type(self.pipe).__name__  # a view's rows side by side
     def reads(self, three_way=False):
-        "For every copy of the samples whether it reads the face. Raises `GuidanceError`."
+        """For every copy of the samples whether it reads the face. Raises `GuidanceError`,
+        `ArgumentError`."""
         check_known(type(self.pipe).__name__)
+        check_callbacks(self.names.get('callback_on_step_end'))
         if self.guides and three_way: return READS[3]
         # perturbed-attention guidance has one more copy with the prompt
         perturbed = bool(getattr(self.pipe, 'do_perturbed_attention_guidance', False))

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from diffusers import ControlNetModel, MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from diffusers.callbacks import IPAdapterScaleCutoffCallback
 from diffusers.models.attention_processor import AttnAddedKVProcessor
 from torch import nn
 
@@ -376,3 +377,9 @@ def test_animate_diff_made_from_it_says_that_no_face_was_drawn(pipe, adapter):
     unet = UNetMotionModel.from_unet2d(pipe.unet, motion)
     plain = dict(G.pipeline('sd').unet.named_parameters())
     assert torch.equal(dict(unet.named_parameters())[PATH + '.weight'], plain[PATH + '.weight'])
+
+
+def test_the_cut_off_of_diffusers_own_adapters_is_refused_in_a_bare_pipeline(adapter, pipe):
+    cut = IPAdapterScaleCutoffCallback(cutoff_step_ratio=.5)
+    with pytest.raises(ArgumentError, match='IPAdapterScaleCutoffCallback'): face(adapter, pipe, callback_on_step_end=cut)
+    draw(pipe, callback_on_step_end=cut)    # without an identity it is nobody's business
