@@ -308,6 +308,7 @@ def run_rows(
         watch = Watch(batch, stop, on_step, theirs, wanted)
         told = pipeline_arguments(batch, arguments) | callback_arguments(pipe, watch, more)
         told['num_inference_steps'] = num_inference_steps
+        if watch.stopped: return   # while the photographs were read, or between two batches
         try: made = run_once(pipe, adapter, identity_arguments(batch, nobody) | knobs, told)
         except Stopped: return
         if watch.stopped: return
@@ -339,14 +340,17 @@ def check_arguments(pipe, more):
 def step_by_step(work, stop):  # work(on_step) runs to the end; `stop` ends it
     "A function that calls back as a generator of its `Step`s; closing it stops the work."
     reports, go = queue.Queue(), threading.Semaphore(0)
+    over, left = threading.Event(), threading.Event()   # the work is; the caller has
     def on_step(step):
+        if left.is_set(): stop.set()
         reports.put(step)
         go.acquire()
     def run():
-        try:
-            work(on_step)
-            reports.put(None)
-        except BaseException as e: reports.put(e)
+        last = None
+        try: work(on_step)
+        except BaseException as e: last = e
+        over.set()
+        reports.put(last)
     thread = threading.Thread(target=run, daemon=True, name='faceid_nb stream')
     thread.start()
     try:
@@ -355,7 +359,8 @@ def step_by_step(work, stop):  # work(on_step) runs to the end; `stop` ends it
             yield report
             go.release()
     finally:
-        if thread.is_alive(): stop.set()
+        left.set()
+        if not over.is_set(): stop.set()   # what is over may have made room for somebody else's
         go.release(1_000_000)
         thread.join()
 
@@ -396,28 +401,27 @@ def record(
 # %% ../nbs/use/21_faceid.ipynb #3a3bd0a5
 @contextmanager
 def alone(faceid):
-    "Inside, nobody else generates with this `FaceID`, and its adapter is attached."
+    "Inside, nobody else generates with this `FaceID`, and only a `stop` that comes now is heard."
     if not faceid._busy.acquire(blocking=False):
         raise ArgumentError('This FaceID is already generating', 'another thread uses its pipeline',
                             'Wait for it, or call stop()')
     try:
         faceid._stop.clear()
-        faceid.attach()
         yield
     finally: faceid._busy.release()
 
 # %% ../nbs/use/21_faceid.ipynb #a5aed15c
 def paint(faceid, rows, nobody, batch_size, on_step, steps, guidance_scale, more):
     "Make rows with a `FaceID`: pictures with their records; fewer where it is stopped."
-    images = []
+    images, guidance_scale = [], check_number(guidance_scale, 'guidance_scale')
     if batch_size is not None: batch_size = whole_number(batch_size, 'batch_size')
-    with alone(faceid):
-        work = run_rows(faceid.pipe, faceid.adapter, rows, batch_size, nobody, faceid._stop,
-                        on_step, steps, guidance_scale=guidance_scale, **more)
-        for part, made in work:
-            for row, image in zip(part, made):
-                images.append(record(image, row, faceid, steps, guidance_scale, more))
-        faceid.stopped = faceid._stop.is_set()
+    faceid.attach()
+    work = run_rows(faceid.pipe, faceid.adapter, rows, batch_size, nobody, faceid._stop,
+                    on_step, steps, guidance_scale=guidance_scale, **more)
+    for part, made in work:
+        for row, image in zip(part, made):
+            images.append(record(image, row, faceid, steps, guidance_scale, more))
+    faceid.stopped = faceid._stop.is_set()
     return images
 
 def check_number(value, name) -> float:
@@ -509,15 +513,15 @@ def generate(self,
                          # everything else goes to the pipeline, see `tell_apart`
 ) -> list:
     "Pictures, all samples of the first face, then of the second. Each has its record in `.info`."
-    check_arguments(self.pipe, more)
-    steps = whole_number(num_inference_steps, 'num_inference_steps')
-    people = people_of(face, self, which)
-    texts = texts_of(prompt, more), negatives_of(self, negative_prompt, more)
-    rows = pair_rows(people, *texts, num_samples, seed, scale, s_scale)
-    give_negatives(self, rows, more.pop('negative', None), which)
-    nobody = read_structure(self, rows, people, structure, which)
-    guidance = check_number(guidance_scale, 'guidance_scale')
-    return paint(self, rows, nobody, batch_size, on_step, steps, guidance, more)
+    with alone(self):
+        check_arguments(self.pipe, more)
+        steps = whole_number(num_inference_steps, 'num_inference_steps')
+        people = people_of(face, self, which)
+        texts = texts_of(prompt, more), negatives_of(self, negative_prompt, more)
+        rows = pair_rows(people, *texts, num_samples, seed, scale, s_scale)
+        give_negatives(self, rows, more.pop('negative', None), which)
+        nobody = read_structure(self, rows, people, structure, which)
+        return paint(self, rows, nobody, batch_size, on_step, steps, guidance_scale, more)
 
 # %% ../nbs/use/21_faceid.ipynb #6933b83f
 class Loaded:
