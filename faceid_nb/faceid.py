@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PROMPT', 'OURS', 'Row', 'whole_number', 'check_seeds', 'draw_seeds', 'check_prompts', 'check_counts', 'spread_scales',
-           'pair_rows', 'clean_latents', 'Step', 'Batch', 'cut_rows', 'split_rows', 'Stopped', 'Watch', 'is_theirs',
-           'wanted_tensors', 'run_rows', 'check_arguments', 'step_by_step', 'look_at', 'structure_people', 'record',
-           'alone', 'paint', 'check_number', 'people_of', 'give_negatives', 'check_texts', 'texts_of', 'negatives_of',
-           'check_structure', 'read_structure', 'generate', 'Loaded', 'FaceID']
+           'pair_rows', 'clean_latents', 'Step', 'Batch', 'cut_rows', 'split_rows', 'Stopped', 'Watch',
+           'single_callbacks', 'check_callbacks', 'is_theirs', 'wanted_tensors', 'run_rows', 'check_arguments',
+           'step_by_step', 'look_at', 'structure_people', 'record', 'alone', 'paint', 'check_number', 'people_of',
+           'give_negatives', 'check_texts', 'texts_of', 'negatives_of', 'check_structure', 'read_structure', 'generate',
+           'Loaded', 'FaceID']
 
 # %% ../nbs/use/21_faceid.ipynb #93f16dd5
 import difflib
@@ -25,7 +26,7 @@ from . import __version__
 from .errors import ArgumentError
 from .facts import changed, describe_model
 from .files import read_record, save_png  # noqa: F401, both were asked for here before
-from .guidance import check_callbacks, spread
+from .guidance import spread
 from .hub import plain_defaults
 from .persons import Person, as_people, as_vectors
 from .rowwise import count_entries, tell_apart
@@ -210,6 +211,21 @@ class Watch:
     def stopped(self): return self.stop is not None and self.stop.is_set()
 
 # %% ../nbs/use/21_faceid.ipynb #e8603315
+def single_callbacks(callback) -> list:
+    "The callbacks inside a `MultiPipelineCallbacks`, or the one."
+    if not hasattr(callback, 'callbacks'): return [callback]
+    singles = []
+    for inside in callback.callbacks: singles += single_callbacks(inside)
+    return singles
+
+def check_callbacks(callback):
+    "Raise ArgumentError for a callback that acts on another adapter than ours."
+    kinds = {type(c).__name__ for c in single_callbacks(callback)}
+    if 'IPAdapterScaleCutoffCallback' not in kinds: return
+    raise ArgumentError("IPAdapterScaleCutoffCallback acts on diffusers' own IP-Adapters",
+                        'This face is drawn by another adapter',
+                        'Say end=.5 in its place: no identity after half of the schedule')
+
 def is_theirs(callback) -> bool:
     "Whether a callback is one of diffusers' objects."
     return callback is not None and hasattr(callback, 'tensor_inputs')
@@ -292,6 +308,7 @@ def run_rows(
         watch = Watch(batch, stop, on_step, theirs, wanted)
         told = pipeline_arguments(batch, arguments) | callback_arguments(pipe, watch, more)
         told['num_inference_steps'] = num_inference_steps
+        if watch.stopped: return   # while the photographs were read, or between two batches
         try: made = run_once(pipe, adapter, identity_arguments(batch, nobody) | knobs, told)
         except Stopped: return
         if watch.stopped: return
@@ -323,14 +340,17 @@ def check_arguments(pipe, more):
 def step_by_step(work, stop):  # work(on_step) runs to the end; `stop` ends it
     "A function that calls back as a generator of its `Step`s; closing it stops the work."
     reports, go = queue.Queue(), threading.Semaphore(0)
+    over, left = threading.Event(), threading.Event()   # the work is; the caller has
     def on_step(step):
+        if left.is_set(): stop.set()
         reports.put(step)
         go.acquire()
     def run():
-        try:
-            work(on_step)
-            reports.put(None)
-        except BaseException as e: reports.put(e)
+        last = None
+        try: work(on_step)
+        except BaseException as e: last = e
+        over.set()
+        reports.put(last)
     thread = threading.Thread(target=run, daemon=True, name='faceid_nb stream')
     thread.start()
     try:
@@ -339,7 +359,8 @@ def step_by_step(work, stop):  # work(on_step) runs to the end; `stop` ends it
             yield report
             go.release()
     finally:
-        if thread.is_alive(): stop.set()
+        left.set()
+        if not over.is_set(): stop.set()   # what is over may have made room for somebody else's
         go.release(1_000_000)
         thread.join()
 
@@ -380,28 +401,27 @@ def record(
 # %% ../nbs/use/21_faceid.ipynb #3a3bd0a5
 @contextmanager
 def alone(faceid):
-    "Inside, nobody else generates with this `FaceID`, and its adapter is attached."
+    "Inside, nobody else generates with this `FaceID`, and only a `stop` that comes now is heard."
     if not faceid._busy.acquire(blocking=False):
         raise ArgumentError('This FaceID is already generating', 'another thread uses its pipeline',
                             'Wait for it, or call stop()')
     try:
         faceid._stop.clear()
-        faceid.attach()
         yield
     finally: faceid._busy.release()
 
 # %% ../nbs/use/21_faceid.ipynb #a5aed15c
 def paint(faceid, rows, nobody, batch_size, on_step, steps, guidance_scale, more):
     "Make rows with a `FaceID`: pictures with their records; fewer where it is stopped."
-    images = []
+    images, guidance_scale = [], check_number(guidance_scale, 'guidance_scale')
     if batch_size is not None: batch_size = whole_number(batch_size, 'batch_size')
-    with alone(faceid):
-        work = run_rows(faceid.pipe, faceid.adapter, rows, batch_size, nobody, faceid._stop,
-                        on_step, steps, guidance_scale=guidance_scale, **more)
-        for part, made in work:
-            for row, image in zip(part, made):
-                images.append(record(image, row, faceid, steps, guidance_scale, more))
-        faceid.stopped = faceid._stop.is_set()
+    faceid.attach()
+    work = run_rows(faceid.pipe, faceid.adapter, rows, batch_size, nobody, faceid._stop,
+                    on_step, steps, guidance_scale=guidance_scale, **more)
+    for part, made in work:
+        for row, image in zip(part, made):
+            images.append(record(image, row, faceid, steps, guidance_scale, more))
+    faceid.stopped = faceid._stop.is_set()
     return images
 
 def check_number(value, name) -> float:
@@ -493,15 +513,15 @@ def generate(self,
                          # everything else goes to the pipeline, see `tell_apart`
 ) -> list:
     "Pictures, all samples of the first face, then of the second. Each has its record in `.info`."
-    check_arguments(self.pipe, more)
-    steps = whole_number(num_inference_steps, 'num_inference_steps')
-    people = people_of(face, self, which)
-    texts = texts_of(prompt, more), negatives_of(self, negative_prompt, more)
-    rows = pair_rows(people, *texts, num_samples, seed, scale, s_scale)
-    give_negatives(self, rows, more.pop('negative', None), which)
-    nobody = read_structure(self, rows, people, structure, which)
-    guidance = check_number(guidance_scale, 'guidance_scale')
-    return paint(self, rows, nobody, batch_size, on_step, steps, guidance, more)
+    with alone(self):
+        check_arguments(self.pipe, more)
+        steps = whole_number(num_inference_steps, 'num_inference_steps')
+        people = people_of(face, self, which)
+        texts = texts_of(prompt, more), negatives_of(self, negative_prompt, more)
+        rows = pair_rows(people, *texts, num_samples, seed, scale, s_scale)
+        give_negatives(self, rows, more.pop('negative', None), which)
+        nobody = read_structure(self, rows, people, structure, which)
+        return paint(self, rows, nobody, batch_size, on_step, steps, guidance_scale, more)
 
 # %% ../nbs/use/21_faceid.ipynb #6933b83f
 class Loaded:

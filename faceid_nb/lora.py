@@ -141,6 +141,14 @@ def _in_our_names(tensors, name):
     return halves, alphas
 
 # %% ../nbs/method/05_lora.ipynb #245d0925
+def check_half(tensor, what):
+    "Raise `LoRAError` unless these are finite floating numbers."
+    if not tensor.is_floating_point():
+        raise LoRAError(f'{what} is not a floating tensor', f'It is {tensor.dtype}', 'Give a LoRA file')
+    if torch.isfinite(tensor.float()).all(): return   # float8 has no arithmetic of its own
+    raise LoRAError(f'{what} has numbers that are not finite', '',
+                    'The file was damaged: download it again')
+
 def check_halves(halves, name):
     "Raise `LoRAError` unless every path has both halves, which fit each other and are finite."
     for key, tensor in halves.items():
@@ -153,9 +161,7 @@ def check_halves(halves, name):
             raise LoRAError(f'{name}: the halves of {path} do not fit',
                             f'down {tuple(down.shape)}, up {tuple(up.shape)}',
                             'The file was damaged, or is a LoRA of another kind')
-        if not torch.isfinite(tensor).all():
-            raise LoRAError(f'{name}: {key} has numbers that are not finite', '',
-                            'The file was damaged: download it again')
+        check_half(tensor, f'{name}: {key}')
 
 # %% ../nbs/method/05_lora.ipynb #2ae15fdc
 def normal_lora(
@@ -169,6 +175,7 @@ def normal_lora(
     if not halves:
         raise LoRAError(f'{name} has no LoRA in it', f'{len(tensors)} entries',
                         'Give the LoRA that belongs to the checkpoint')
+    halves = {k: t.float() if t.element_size() == 1 else t for k, t in halves.items()}   # float8
     for path, alpha in alphas.items():
         if f'{path}.up' not in halves: continue
         up = halves[f'{path}.up']

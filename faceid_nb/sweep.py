@@ -125,14 +125,14 @@ def _make_here(run, batch, bar):
     "`make_batch` in this process, with a bar that moves and a model that can be stopped."
     sweep, before = run.sweep, bar.n
     def told(step):
+        if sweep.stopped: model.stop()   # said before the model could hear it: while it was loaded
         bar.n = before + round(len(batch.cells)*min(step.done/step.total, .99), 2)
         bar.refresh()
         if run.on_step: run.on_step(step)
     named = isinstance(batch.model, str)
     model = sweep.working = load_once(load_recipe(batch.model,
                                                   sweep.load))[0] if named else batch.model
-    on_step = told if run.on_step or not bar.disable else None
-    made = make_batch(batch._replace(model=model), sweep.scoring, on_step=on_step)
+    made = make_batch(batch._replace(model=model), sweep.scoring, on_step=told)
     sweep.working, bar.n = None, before
     return made
 
@@ -197,10 +197,10 @@ class Run:
     cells: list = None        # some of the sweep's; None: all
     on_step: object = None  # here only: called with a `Step` of the batch at work; may call `stop`
     def __iter__(self):
+        self.sweep.stopped = False   # first: a `stop` that comes now is heard
         check_unchanged(self.sweep.described)
         size = _find_size(self.sweep, self.batch_size)
-        self.sweep.stopped, same = False, _by_key(self.sweep.cells if self.cells is None
-                                                  else self.cells)
+        same = _by_key(self.sweep.cells if self.cells is None else self.cells)
         with Shelf(self.folder) as shelf, _bar(len(same), self.progress) as bar:
             there = shelf.finished()
             for key in [k for k in same if k in there]:

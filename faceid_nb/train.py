@@ -340,7 +340,7 @@ def _same_shapes(tensors, params):
     "Whether these are finite numbers, as many and shaped as the parameters."
     if not isinstance(tensors, (list, tuple)) or len(tensors) != len(params): return False
     return all(torch.is_tensor(t) and t.shape == p.shape and t.is_floating_point()
-               and bool(torch.isfinite(t).all()) for t, p in zip(tensors, params))
+               and bool(torch.isfinite(t.float()).all()) for t, p in zip(tensors, params))
 
 def check_steps(old, steps, name):
     "Raise CheckpointError unless a checkpoint is whole and of this adapter."
@@ -367,11 +367,13 @@ def _moments_of(old, steps, name):
         one = found[i]
         if not isinstance(one, dict) or one.keys() != {'step', 'exp_avg', 'exp_avg_sq'}: raise wrong
         moments = one['exp_avg'], one['exp_avg_sq']
-        if not _same_shapes(moments, [steps.params[i]]*2) or float(moments[1].min()) < 0: raise wrong
+        if not _same_shapes(moments, [steps.params[i]]*2) or float(moments[1].float().min()) < 0: raise wrong
         if not _same_shapes([one['step']], [torch.ones(())]) or not one['step'] >= 0: raise wrong
     return found
 
 # %% ../nbs/train/52_train.ipynb #739e1239
+def _copied(tensors): return {key: t.clone() for key, t in tensors.items()}
+
 def read_steps(steps, path):
     "Go on where a checkpoint stopped; all of it or nothing is taken over. Raises CheckpointError."
     name = Path(path).name
@@ -379,11 +381,13 @@ def read_steps(steps, path):
     except CheckpointError as e:
         raise type(e)(f'{name} cannot be read', f'{e.wrong}: {e.found}', _AGAIN) from e
     check_steps(old, steps, name)
-    moments = _moments_of(old['opt'], steps, name)
+    # copies: a file can give one memory to many numbers, and these are written to
+    moments = {i: _copied(one) for i, one in _moments_of(old['opt'], steps, name).items()}
     # what it remembers is the checkpoint's, how it goes is the recipe's
     steps.opt.load_state_dict(steps.opt.state_dict() | dict(state=moments))
     steps.average.set(old['params'])
-    steps.average.mean = [m.to(p.device, p.dtype) for m, p in zip(old['mean'], steps.params)]
+    steps.average.mean = [m.to(p.device, p.dtype, copy=True)
+                          for m, p in zip(old['mean'], steps.params)]
     steps.number, steps.spent, steps.seed = old['step'], old['spent'], old['seed']
 
 # %% ../nbs/train/52_train.ipynb #c09e3803

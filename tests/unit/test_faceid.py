@@ -14,6 +14,7 @@ from PIL import Image
 import helpers_pack as H
 from faceid_nb.adapter import FaceIDAdapter
 from faceid_nb.errors import ArgumentError
+from faceid_nb.face import Face
 from faceid_nb.faceid import FaceID, clean_latents, pair_rows, step_by_step
 from faceid_nb.files import read_record, save_png
 from faceid_nb.hub import DDIM
@@ -259,6 +260,54 @@ def test_stop_from_another_thread(me):
     thread.join(60)
     assert not thread.is_alive() and got == [[]]
     assert len(me.generate(E[0], 'a', num_samples=1, **FAST)) == 1
+
+
+class Slow:
+    "A reader of photographs who takes his time: `meanwhile` is called."
+    folder, name = None, 'slow'
+
+    def __init__(self, meanwhile): self.meanwhile = meanwhile
+
+    def best(self, photo, which='largest'):
+        self.meanwhile()
+        return Face(np.asarray(E[0]))
+
+
+@pytest.fixture
+def photograph(): return Image.new('RGB', (8, 8))
+
+
+def test_stop_is_heard_while_a_photograph_is_read(me, monkeypatch, photograph):
+    seen = []
+    monkeypatch.setattr(me, 'reader', Slow(me.stop))
+    assert me.generate(photograph, 'a', on_step=seen.append, **FAST) == [] and me.stopped and not seen
+    monkeypatch.setattr(me, 'reader', Slow(lambda: None))
+    assert len(me.generate(photograph, 'a', num_samples=1, **FAST)) == 1 and not me.stopped
+
+
+def test_a_second_call_leaves_the_stop_of_the_first(me, monkeypatch, photograph):
+    def meanwhile():
+        me.stop()
+        with pytest.raises(ArgumentError, match='already generating'): me.generate(E[0], 'a', **FAST)
+    monkeypatch.setattr(me, 'reader', Slow(meanwhile))
+    assert me.generate(photograph, 'a', **FAST) == [] and me.stopped
+
+
+def test_stop_between_two_batches_begins_no_other(me):
+    seen = []
+    def on_step(step):
+        seen.append(step.done)
+        if step.images: me.stop()
+    assert len(me.generate(E[:2], 'a', num_samples=1, batch_size=1, on_step=on_step, **FAST)) == 1
+    assert seen == [1, 2, 2]   # the last one tells of the picture
+
+
+def test_the_end_of_a_stream_stops_nobody_else():
+    stop = threading.Event()
+    def work(on_step): on_step(1)
+    assert list(step_by_step(work, stop)) == [1] and not stop.is_set()
+    with pytest.raises(ZeroDivisionError): list(step_by_step(lambda on_step: 1 / 0, stop))
+    assert not stop.is_set()
 
 
 def test_errors_come_through_a_stream(me):

@@ -9,8 +9,8 @@ from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 from faceid_nb.checkpoint import read_tensors
 from faceid_nb.errors import LoRAError
-from faceid_nb.lora import (Folded, LoRA, can_fold, folded, lora_from_checkpoint, lora_pairs, read_lora,
-                            save_lora)
+from faceid_nb.lora import (Folded, LoRA, can_fold, folded, lora_from_checkpoint, lora_pairs,
+                            normal_lora, read_lora, save_lora)
 import goldens_build as G
 
 quick = settings(max_examples=25, deadline=None)
@@ -155,6 +155,26 @@ def test_errors_leave_the_model_alone(change, word):
     change(lora)
     with pytest.raises(LoRAError, match=word): LoRA(net, lora)
     assert same(net, before) and not net.a._forward_hooks
+
+def a_file(change=lambda t: t):
+    "{name: tensor} of a LoRA of one layer."
+    path = 'mid_block.attentions.0.transformer_blocks.0.attn1.to_q'
+    down, up = torch.randn(2, 6, generator=seeded(0)), torch.randn(6, 2, generator=seeded(1))
+    return {f'{path}.lora_A.weight': down, f'{path}.lora_B.weight': change(up),
+            f'{path}.alpha': torch.tensor(1.)}
+
+def seeded(seed): return torch.Generator().manual_seed(seed)
+
+@pytest.mark.parametrize('dtype', [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bits_are_read(dtype):
+    made, plain = (normal_lora(a_file(c)) for c in (lambda t: t.to(dtype), lambda t: t.to(dtype).float()))
+    assert made.keys() == plain.keys() and all(torch.equal(made[k], plain[k]) for k in plain)
+
+@pytest.mark.parametrize('change, word', [
+    (lambda t: t.to(torch.complex64), 'not a floating tensor'), (lambda t: t.to(torch.int8), 'not a floating'),
+    (lambda t: (t*float('nan')).to(torch.float8_e4m3fn), 'not finite')])
+def test_numbers_that_are_none_are_refused(change, word):
+    with pytest.raises(LoRAError, match=word): normal_lora(a_file(change))
 
 def break_weighing(monkeypatch):
     "Two layers are changed, then there is no memory left."

@@ -57,11 +57,26 @@ def wait_for(address):
         time.sleep(.25)
 
 
-def ask(address, path, method='GET', data=None, **headers):
-    "The status of an answer; None where nobody listens."
+class Here(urllib.request.HTTPRedirectHandler):
+    "Goes nowhere else: who has no token is sent to the page that asks for one."
+    def redirect_request(self, *_): return None
+
+
+OPENER = urllib.request.build_opener(Here)
+
+
+def answer(address, path, method='GET', data=None, **headers):
+    "(status, body, where it sends to) of an answer. Raises OSError where nobody listens."
     request = urllib.request.Request(f'{address}/{path}', data, headers, method=method)
-    try: return urllib.request.urlopen(request, timeout=20).status
-    except urllib.error.HTTPError as e: return e.code
+    try:
+        with OPENER.open(request, timeout=20) as a: return a.status, a.read(), None
+    except urllib.error.HTTPError as e:
+        with e: return e.code, e.read(), e.headers.get('Location')
+
+
+def ask(*how, **headers):
+    "The status of an answer; None where nobody listens."
+    try: return answer(*how, **headers)[0]
     except OSError: return None
 
 
@@ -96,7 +111,9 @@ CALLS = [('GET', 'api/contents'), ('GET', 'api/sessions'), ('POST', 'api/kernels
 @pytest.mark.parametrize('method, path', CALLS)
 def test_nothing_is_done_without_the_token(lab, method, path):
     data = json.dumps({}).encode() if method != 'GET' else None
-    assert ask(lab[1], path, method, data) in (403, 404, 405)
+    status, body, elsewhere = answer(lab[1], path, method, data)
+    if status == 302: assert elsewhere.startswith('/login?') and body == b''
+    else: assert status in (403, 404, 405)
 
 
 @pytest.mark.parametrize('token', ['', 'wrong', '0'*48])
@@ -111,4 +128,6 @@ def test_the_token_opens(lab):
 def test_a_page_from_elsewhere_starts_nothing(lab):
     "A web site that the browser shows may ask this machine; it does not know the token."
     headers = {'Origin': 'http://example.com', 'Content-Type': 'text/plain'}
-    assert ask(lab[1], 'api/kernels', 'POST', b'{}', **headers) == 403
+    assert ask(lab[1], 'api/kernels', 'POST', b'{}', **headers) in (403, 404)
+    own = dict(Authorization=f'token {lab[2]}')
+    assert answer(lab[1], 'api/kernels', **own)[1] == b'[]'

@@ -106,6 +106,16 @@ def test_stop_is_heard_in_the_middle_of_a_batch(tmp_path):
     assert len(run(fast_sweep(dict(seed=range(4))), tmp_path)) == 4
 
 
+def test_stop_is_heard_while_the_photographs_are_read(tmp_path, monkeypatch):
+    m = FakeModel(steps=2)
+    sweep = fast_sweep(dict(seed=range(6)), m)
+    def read(model, cells, which='largest'):
+        sweep.stop()
+        return cells, []
+    monkeypatch.setattr('faceid_nb.work.read_faces', read)
+    assert run(sweep, tmp_path, batch_size=2) == [] and m.sizes == [2]
+
+
 def test_a_sweep_tells_its_steps_without_a_bar(tmp_path):
     sweep, seen = Sweep(FakeModel(steps=3), dict(seed=[0, 1, 2, 3]), dict(face=FACE)), []
     done = run(sweep, tmp_path, batch_size=2, on_step=lambda s: seen.append((s.done, s.total)))

@@ -149,6 +149,20 @@ def test_a_checkpoint_of_another_training_is_refused(pipe, table, tmp_path):
     assert not pipe.unet._forward_pre_hooks   # and the UNet is free again
 
 
+@pytest.mark.parametrize('change', [
+    lambda t: t[:1].expand_as(t),        # one memory for all its numbers
+    lambda t: t.to(torch.float8_e5m2),   # no arithmetic of its own
+], ids=['shared', 'float8'])
+def test_numbers_in_unusual_memory_are_gone_on_with(pipe, table, tmp_path, change):
+    run(pipe, table, tmp_path, steps=1)
+    old = torch.load(tmp_path/'adapter.ckpt', weights_only=True)
+    k = next(k for k, t in enumerate(old['mean']) if t.ndim == 1)
+    old['mean'][k], one = change(old['mean'][k]), old['opt']['state'][k]
+    one.update({name: change(one[name]) for name in ('exp_avg', 'exp_avg_sq')})
+    torch.save(old, tmp_path/'adapter.ckpt')
+    assert run(pipe, table, tmp_path, steps=3, resume=True)[-1]['step'] == 3
+
+
 def test_closing_the_generator_takes_the_adapter_off(pipe, table):
     figures = T.train(pipe, table, steps=50, **SMALL)
     next(figures)

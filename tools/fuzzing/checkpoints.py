@@ -213,7 +213,7 @@ class Checkpoints(Family):
             states = torch.zeros(1, 5, adapter.weights.structure_width)
             structure = dict(structure=states, negative_structure=states)
         embedding = torch.zeros(1, width)
-        embedding[0, 0] = 20.
+        embedding[0, 0] = 1.
         with adapter.condition(embedding, **structure) as c: shape = tuple(c.tokens.shape)
         width = self.base.unet.config.cross_attention_dim
         if shape[0] != 1 or shape[-1] != width: raise Fault(f'tokens {shape}')

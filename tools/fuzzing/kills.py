@@ -314,9 +314,7 @@ class Workers(Kills):
     def there(self): return dict(executor=self.client.get_executor(), batch_size=1)
 
     def one(self, folder, moment):
-        self.client.wait_for_workers(2, timeout=60)
-        pids = sorted(self.client.run(os.getpid).values())
-        timer = threading.Timer(moment, os.kill, (pids[0], signal.SIGKILL))
+        timer = threading.Timer(moment, os.kill, (self.workers()[0], signal.SIGKILL))
         timer.start()
         made = self.helpers.run(self.sweep(), folder, **self.there())
         timer.join()
@@ -326,6 +324,18 @@ class Workers(Kills):
         if not len(made) == len(keys) == len(files) == 8: raise Fault(f'{len(made)} cells')
         worst = abs(self.pictures_of(made) - self.clean).max()
         if worst > 2: raise Fault(f'another picture: {worst}')
+
+    def workers(self):
+        "The processes of both workers, once the one that was killed last has been replaced."
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            self.client.wait_for_workers(2, timeout=60)
+            # the scheduler may not have noticed yet that one is dead
+            try: pids = sorted(self.client.run(os.getpid).values())
+            except OSError: pids = []
+            if len(pids) == 2: return pids
+            time.sleep(.2)
+        raise Fault('no second worker came')
 
     def close(self):
         self.client.close()
