@@ -171,7 +171,7 @@ def test_eight_bits_are_read(dtype):
     assert made.keys() == plain.keys() and all(torch.equal(made[k], plain[k]) for k in plain)
 
 @pytest.mark.parametrize('change, word', [
-    (lambda t: t.to(torch.complex64), 'not a floating tensor'), (lambda t: t.to(torch.int8), 'not a floating'),
+    (lambda t: t.to(torch.complex64), 'not a floating'), (lambda t: t.to(torch.int8), 'not a floating'),
     (lambda t: (t*float('nan')).to(torch.float8_e4m3fn), 'not finite')])
 def test_numbers_that_are_none_are_refused(change, word):
     with pytest.raises(LoRAError, match=word): normal_lora(a_file(change))

@@ -381,5 +381,6 @@ def test_animate_diff_made_from_it_says_that_no_face_was_drawn(pipe, adapter):
 
 def test_the_cut_off_of_diffusers_own_adapters_is_refused_in_a_bare_pipeline(adapter, pipe):
     cut = IPAdapterScaleCutoffCallback(cutoff_step_ratio=.5)
-    with pytest.raises(ArgumentError, match='IPAdapterScaleCutoffCallback'): face(adapter, pipe, callback_on_step_end=cut)
+    with pytest.raises(ArgumentError, match='IPAdapterScaleCutoffCallback'):
+        face(adapter, pipe, callback_on_step_end=cut)
     draw(pipe, callback_on_step_end=cut)    # without an identity it is nobody's business
