@@ -112,13 +112,15 @@ def is_vector(
     width=512,  # of an embedding
 ) -> bool:
     """Whether `x` is an embedding (width,) or several (n, width): floating numbers of that width,
-    of several rows some negative or all of unit length."""
+    of several rows some negative, or each of unit length or nobody's."""
     if isinstance(x, (list, tuple)): return len(x) == width and isinstance(x[0], (int, float))
     if len(getattr(x, 'shape', ())) not in (1, 2) or x.shape[-1] != width: return False
     floats = getattr(x.dtype, 'kind', '') == 'f'
     if hasattr(x, 'is_floating_point'): floats = x.is_floating_point()
     if not floats or len(x.shape) == 1 or len(x) == 1: return bool(floats)
-    return bool((x < 0).any() or (abs((x**2).sum(-1) - 1) < 1e-3).all())
+    lengths = (x**2).sum(-1)
+    unit = abs(lengths - 1) < 1e-3
+    return bool((x < 0).any() or unit.any() and (unit | (lengths == 0)).all())
 
 def as_vectors(x) -> np.ndarray:  # float32 (n, width)
     "An array or a tensor of embeddings, one or several, as rows."

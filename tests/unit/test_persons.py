@@ -73,6 +73,11 @@ def test_a_grey_picture_as_wide_as_an_embedding_is_a_picture():
     assert np.array_equal(find(np.zeros((300, 512), np.uint8)).embedding(), E[0])
 
 
+@pytest.mark.parametrize('rows', [np.eye(512)[:3], np.eye(512)[:1]*np.array([[0], [0], [1]])])
+def test_rows_of_unit_length_are_embeddings_though_nothing_is_negative(rows):
+    assert is_vector(rows) and is_vector(torch.tensor(rows)) and not is_vector(.5*rows)
+
+
 def test_a_list_is_one_person():
     faces = [face(0), face(1)]
     person = find(faces)
