@@ -290,10 +290,12 @@ def test_benchmark_passes_everything_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('faceid_nb.benchmark.benchmark', stand_in)
     monkeypatch.setattr('faceid_nb.benchmark.benchmark_table', lambda r: f'| table of {r} |')
     words = ['--model', 'tiny-faceid,tiny-plus', '--samples', 3, '--seed', 5, '--prompt', 'p',
-             '--steps', 6, '--scale', .8, '--guidance-scale', 2, '--batch', 7, '--device', 'cpu', '--out', tmp_path/'o']
+             '--steps', 6, '--scale', .8,
+             '--guidance-scale', 2, '--batch', 7, '--device', 'cpu', '--out', tmp_path/'o']
     assert run('benchmark', 'people', *words) == 0
     assert asked == dict(models=['tiny-faceid', 'tiny-plus'], people='people', out=tmp_path/'o',
-                         num_samples=3, seed=5, prompt='p', num_inference_steps=6, scale=.8, guidance_scale=2., batch_size=7,
+                         num_samples=3, seed=5, prompt='p',
+                         num_inference_steps=6, scale=.8, guidance_scale=2., batch_size=7,
                          load=dict(device='cpu'), executor=None, progress=False)
     out = capsys.readouterr().out
     assert '| table of result |' in out and 'benchmark.md' in out
