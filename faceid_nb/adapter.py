@@ -6,8 +6,8 @@
 __all__ = ['face_embeddings', 'layer_weights', 'Knobs', 'layers_from_state', 'AdapterWeights', 'identity_tokens', 'weights_of',
            'weights_from_file', 'weights_from_state', 'fresh_state', 'fresh_weights', 'find_unet', 'CrossLayers',
            'Before', 'Attachment', 'Identities', 'read_identities', 'keys_values', 'find_scheduler', 'progress',
-           'in_window', 'layer_size', 'mean_maps', 'remember_halves', 'half_of', 'unconditional', 'prepare',
-           'Condition', 'attach', 'detach', 'FaceIDAdapter', 'structure_sweep']
+           'in_window', 'mean_maps', 'remember_halves', 'half_of', 'unconditional', 'prepare', 'Condition', 'attach',
+           'detach', 'FaceIDAdapter', 'structure_sweep']
 
 # %% ../nbs/method/07_adapter.ipynb #f2a6e95f
 import threading
@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
-from .attention import (DecoupledAttention, check_processor, cross_attention_layers,
-                                 split_heads)
+from .attention import (DecoupledAttention, Share, check_processor,
+                                 cross_attention_layers, split_heads)
 from .checkpoint import (Checkpoint, check_fits, check_state, read_checkpoint,
                                   save_checkpoint)
 from .errors import ArgumentError, BaseModelError, LoRAError, NotDrawnWarning, VariantError
@@ -32,6 +32,7 @@ from .lora import (LoRA, do_nothing, lora_from_checkpoint, lora_pairs, normal_lo
                              read_lora, refuse_pickle)
 from .persons import Person, as_people, check_photographs, is_vector
 from .projection import MLPProjection, PlusProjection, RawProjection, projection_from_state
+from .regions import Regions, layer_size
 
 # %% ../nbs/method/07_adapter.ipynb #7771ac60
 def _one_person(faces, width):
@@ -143,6 +144,9 @@ class Knobs:
     # 1 off, 2 on, 3 InstructPix2Pix; or for each copy of the samples whether it reads the face,
     guidance: object = None  # (False, True, True); None: the pipeline says, or else the batch
     record: bool = False             # keep the attention over the identity tokens
+    # where each person stands, then the faces are in one picture: all pictures of the first
+    regions: object = None           # person, then of the second; see `Regions`
+    feather: float = .1              # width of the regions' soft edges, a share of the picture
     structure: object = None         # Plus: CLIP states of the crops (n, L, c),
     negative_structure: object = None  # and of an empty picture (1, L, c)
 
@@ -344,7 +348,7 @@ class CrossLayers:
     @property
     def busy(self):
         "Whether gradients may still flow back through the identity's keys and values."
-        return any(p.kv and p.kv[0].requires_grad for p in self.processors.values())
+        return any(p.shares and p.shares[0].k.requires_grad for p in self.processors.values())
     def rest(self):
         "No identity in any layer, and the layers' own processors."
         for path, (attn, _) in self.cross.items():
@@ -481,14 +485,43 @@ def keys_values(
 # %% ../nbs/method/07_adapter.ipynb #72249a38
 def read_layout(condition, sample, text):
     "`guidance_rows` for a batch that the UNet was given."
-    unet, n, parts = condition.at.unet, len(condition.tokens), condition.knobs.guidance
+    unet, n, parts = condition.at.unet, condition.pictures, condition.knobs.guidance
     if torch.is_grad_enabled() and len(sample) == n and parts is None: parts = 1        # training
     if condition.muted: parts = (False,)
     caller, c = find_caller(unet), unet.config
+    check_whole(caller, condition.regions)
     if parts is None and caller is not None: parts = half_of(condition, text)
     latents = sample[:, :c.out_channels]                # other channels hold masks and pictures
     three_way = c.in_channels == 2 * c.out_channels
     return guidance_rows(len(sample), n, parts, partial(equal_parts, latents), caller, three_way)
+
+# %% ../nbs/method/07_adapter.ipynb #7f010031
+def pictures_of(tokens, knobs):
+    "(`Regions` or None, how many pictures these tokens are for). Raises `ArgumentError`."
+    if knobs.regions is None: return None, len(tokens)
+    regions = Regions(knobs.regions, knobs.feather)
+    pictures = len(tokens)//len(regions)
+    if len(tokens) != len(regions)*pictures or not pictures:
+        raise ArgumentError(f'{len(regions)} regions for {len(tokens)} faces', '',
+                            'Give a face for each region, or as many for each')
+    regions.check(pictures)
+    return regions, pictures
+
+def check_whole(caller, regions):
+    "Raise `ArgumentError` where the UNet is given views of a picture, not the picture."
+    if regions is None or caller is None or not caller.interleaved: return
+    raise ArgumentError('Regions are places in the whole picture',
+                        f'{type(caller.pipe).__name__} draws it view by view', 'Leave regions out')
+
+def read_shares(condition, who, sample):
+    "{path: [a `Share` a person]} for a batch whose rows show the pictures `who`."
+    c, shares = condition, {path: [] for path in condition.layers}
+    places = [None] if c.regions is None else c.regions.rows(who, c.size)
+    for person, where in enumerate(places):
+        rows = who + person*c.pictures
+        for path, kv in keys_values(c.at, c.identities, c.layers, rows, c.reads, sample).items():
+            shares[path].append(Share(*kv, where))
+    return shares
 
 # %% ../nbs/method/07_adapter.ipynb #a651f121
 def find_scheduler(attachment):
@@ -517,19 +550,6 @@ def in_window(knobs, timestep, attachment):
         raise ArgumentError('start and end need one timestep for the batch', f'Found {len(done)}',
                             'Leave them at 0 and 1')
     return knobs.start <= done.item() <= knobs.end
-
-# %% ../nbs/method/07_adapter.ipynb #3c4e5ceb
-def layer_size(
-    latents,  # (h, w) of the UNet's input
-    places,   # of a layer
-):
-    "(h, w) of the picture that a layer sees: halved, and rounded up, until it has so many places."
-    h, w = latents
-    while h*w > places: h, w = -(-h//2), -(-w//2)
-    if h*w == places: return h, w
-    raise ArgumentError('The attention of a layer is no picture that the UNet can make',
-                        f'It has {places} places; the latents are {latents[0]} x {latents[1]}',
-                        'Ask for other layers')
 
 # %% ../nbs/method/07_adapter.ipynb #7f010022
 def _enlarge(w, latents, size):
@@ -588,12 +608,12 @@ def prepare(self, sample, timestep, text, added=None):
     check_no_adapter(added, self.at.unet)
     self.at.layers.install()                 # somebody may have put others in meanwhile
     self.runs += 1
+    self.size = tuple(sample.shape[-2:])
     shown = in_window(self.knobs, timestep, self.at) and self.identities.scale.any()
     kv = current_kv(self, sample, text) if shown else {}
     for path, p in self.at.layers.processors.items():
-        p.kv = kv.get(path)
+        p.shares = kv.get(path, ())
         p.record = partial(keep_attention, self, path) if self.knobs.record else None
-    self.size = tuple(sample.shape[-2:])
 
 # %% ../nbs/method/07_adapter.ipynb #7f010009
 def attention_maps(self, size, layers=None, steps=slice(None)):
@@ -622,13 +642,13 @@ def check_thread(attachment):
 # %% ../nbs/method/07_adapter.ipynb #7f010024
 def current_kv(condition, sample, text):
     "K and V for a batch; computed once per generation, and each time where gradients flow."
-    c, key = condition, (sample.shape[0], sample.device, sample.dtype, condition.muted)
+    c, key = condition, (sample.shape, sample.device, sample.dtype, condition.muted)
     known = c.key and c.key[0] == key and c.key[1] is text
     if not known or torch.is_grad_enabled():
         # (batch,): whom a row shows, and whether it reads them
         who, c.reads = read_layout(c, sample, text)
         remember_halves(c, text)
-        c.key, c.kv = (key, text), keys_values(c.at, c.identities, c.layers, who, c.reads, sample)
+        c.key, c.kv = (key, text), read_shares(c, who, sample)
     return c.kv
 
 # %% ../nbs/method/07_adapter.ipynb #53c99957
@@ -637,6 +657,7 @@ class Condition:
     def __init__(self, at, identities, knobs):  # `Attachment`, `Identities`, `Knobs`
         self.at, self.identities, self.tokens, self.knobs = at, identities, identities.tokens, knobs
         self.layers = layer_weights(knobs.layers, list(at.layers.cross))
+        self.regions, self.pictures = pictures_of(self.tokens, knobs)
         # layer -> [(rows, N, T) of every step]; size of the latents
         self.maps, self.size = {}, None
         self.key = self.kv = self.halves = None
@@ -716,16 +737,17 @@ def detach(adapter):
 def condition(adapter,
     faces,  # Face | Person | list of them | (n, 512); an inner list is one person's photographs
     *, scale=1.0, s_scale=1.0, num_images_per_prompt=1, negative=None, start=0., end=1., layers=None,
-    guidance=None, record=False, structure=None, negative_structure=None,  # see `Knobs`
+    guidance=None, record=False, structure=None, negative_structure=None, regions=None, feather=.1,
 ):
-    "Context manager: inside, the pipeline draws these people. Raises `ArgumentError`."
+    "Context manager: inside, the pipeline draws these people; see `Knobs`. Raises `ArgumentError`."
     if adapter.at is None:
         raise ArgumentError('The adapter is not attached', 'So condition() has nothing to act on',
                             'Call adapter.attach(pipe) first')
     knobs = Knobs(scale=scale, s_scale=s_scale, num_images_per_prompt=num_images_per_prompt,
                   negative=negative,
                   start=start, end=end, layers=layers, guidance=guidance, record=record,
-                  structure=structure, negative_structure=negative_structure)
+                  structure=structure, negative_structure=negative_structure, regions=regions,
+                  feather=feather)
     return Condition(adapter.at, read_identities(adapter.weights, faces, knobs), knobs)
 
 # %% ../nbs/method/07_adapter.ipynb #e019742a

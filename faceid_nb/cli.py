@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['DEMO_PERSON', 'DEMO_PROMPT', 'SHORT', 'SHEET', 'SEED', 'WEIGHT', 'STEPS', 'GUIDANCE', 'COUNT', 'EXAMPLES', 'say',
            'quiet', 'quiet_models', 'choose', 'part_not_read', 'say_cut', 'find_tokenizers', 'make_pictures',
-           'check_out', 'keep', 'write_sheet', 'report', 'portrait', 'in_worker', 'executor', 'with_bar', 'name_photos',
-           'make_grid', 'labels', 'cell_row', 'list_failures', 'write_table', 'number_prompts', 'caption',
-           'sweep_sheets', 'count_cells', 'report_sweep', 'sweep', 'benchmark', 'demo', 'notebook_source',
-           'copy_notebooks', 'lab_command', 'lab', 'doctor', 'number', 'several', 'word', 'Help', 'Command',
-           'add_debug', 'add_batch', 'add_quiet', 'add_device', 'add_seed', 'add_steps', 'add_guidance', 'add_negative',
-           'add_models', 'add_run', 'add_portrait', 'add_sweep', 'add_benchmark', 'add_demo', 'add_lab', 'add_doctor',
-           'make_parser', 'explain', 'main']
+           'check_out', 'keep', 'write_sheet', 'report', 'portrait', 'read_place', 'people_at', 'read_size', 'together',
+           'in_worker', 'executor', 'with_bar', 'name_photos', 'make_grid', 'labels', 'cell_row', 'list_failures',
+           'write_table', 'number_prompts', 'caption', 'sweep_sheets', 'count_cells', 'report_sweep', 'sweep',
+           'benchmark', 'demo', 'notebook_source', 'copy_notebooks', 'lab_command', 'lab', 'doctor', 'number',
+           'several', 'word', 'Help', 'Command', 'add_debug', 'add_batch', 'add_quiet', 'add_device', 'add_seed',
+           'add_steps', 'add_guidance', 'add_negative', 'add_models', 'add_run', 'add_portrait', 'add_together',
+           'add_sweep', 'add_benchmark', 'add_demo', 'add_lab', 'add_doctor', 'make_parser', 'explain', 'main']
 
 # %% ../nbs/use/23_cli.ipynb #d70cb4eb
 import argparse
@@ -205,6 +205,60 @@ def portrait(
                 done += keep(made, likenesses, out, photo=Path(photo).name, face=face)
         finally:  # also after Ctrl-C: a sheet of what there is
             if done: sheet = write_sheet(person.image, done, out, model, prompt)
+    report(done, sheet)
+    return 0
+
+# %% ../nbs/use/23_cli.ipynb #23010002
+def read_place(text):
+    "A side's name, or a box as four numbers with commas."
+    parts = text.split(',')
+    try: return text if len(parts) == 1 else tuple(map(float, parts))
+    except ValueError:
+        do = 'Give a side, or left,top,right,bottom in shares of the picture'
+        raise ArgumentError('A place is a side or four numbers', repr(text), do) from None
+
+def people_at(pairs):
+    "(photographs, places) of --person PHOTO PLACE, each of which is looked at. Raises."
+    from faceid_nb.images import read_image
+    from faceid_nb.regions import Regions
+    photos, places = [photo for photo, _ in pairs], [read_place(place) for _, place in pairs]
+    for photo in photos: read_image(photo)
+    Regions(places)
+    return photos, places
+
+def read_size(text):
+    "'1024x512' as the pipeline's arguments, nothing for None. Raises ArgumentError."
+    if text is None: return {}
+    m = re.fullmatch(r'(\d+)x(\d+)', text)
+    if m: return dict(width=int(m[1]), height=int(m[2]))
+    raise ArgumentError('--size is WIDTHxHEIGHT', repr(text), 'Give pixels, for example 1024x512')
+
+# %% ../nbs/use/23_cli.ipynb #23010004
+def together(
+    prompt, *, person,   # [(photograph, place), ...]
+    model='tiny-faceid', device=None, size=None, feather=.1, samples=4, seed=0, batch=None, scale=1.,
+    steps=30, guidance_scale=7.5, negative_prompt=None, out='out', quiet=False, debug=False,
+) -> int:
+    "faceid-nb together: pictures in which several people stand."
+    check_out(out)
+    out = as_path(out)
+    settings = dict(scale=scale, num_inference_steps=steps, guidance_scale=guidance_scale, feather=feather,
+                    negative_prompt=negative_prompt, **read_size(size))
+    with quiet_models(not debug):
+        photos, places = people_at(person)
+        loaded, first, judge = _prepared(model, device, photos[0], 'largest')
+        people = [first, *(choose(loaded.reader, photo, 'largest') for photo in photos[1:])]
+        say_cut(loaded.pipe, prompt, negative_prompt)
+        done, names = [], [Path(photo).name for photo in photos]
+        try:
+            for made in make_pictures(loaded, people, prompt, samples, seed, batch, quiet,
+                                      regions=places, **settings):
+                from faceid_nb.together import likeness_together
+                for picture, own in zip(made, likeness_together(people, made, places, judge).own):
+                    noted = dict(photo=names, of_each=own.round(4).tolist())
+                    done += keep([picture], [own.min()], out, **noted)
+        finally:
+            if done: sheet = write_sheet(first.image, done, out, model, prompt)
     report(done, sheet)
     return 0
 
@@ -561,6 +615,24 @@ def add_portrait(commands):
     add_device(c)
     add_quiet(c)
 
+# %% ../nbs/use/23_cli.ipynb #23010006
+def add_together(commands):
+    c = Command(commands, together, 'together', 'make pictures in which several people stand')
+    add_debug(c)
+    c.place('prompt', 'PROMPT', 'what the pictures shall show')
+    text = 'somebody, and where: left, right, top, bottom, center, left third ... or left,top,right,bottom ' \
+           'in shares of the picture; give it again for another one'
+    c.parser.add_argument('--person', nargs=2, metavar=('PHOTO', 'PLACE'), action='append', help=text,
+                          required=True)
+    c.option('--model', None, 'name of the model', default='tiny-faceid')
+    c.option('--size', 'WxH', 'of the pictures; the tiny models need room for two: 128x64')
+    c.option('--feather', 'X', 'width of the soft edges of places, a share of the picture',
+             number(float, 0, 1), .1)
+    c.option('--samples', 'N', 'how many pictures', COUNT, 4)
+    c.option('--scale', 'X', 'weight of the identities', WEIGHT, 1.)
+    for add in (add_seed, add_steps, add_guidance, add_negative, add_batch, add_device, add_quiet): add(c)
+    c.option('--out', 'DIR', 'folder for the results; nothing is overwritten', default='out')
+
 # %% ../nbs/use/23_cli.ipynb #ddf89ddf
 def add_sweep(commands):
     text = 'make every combination of several settings; lists are separated by commas'
@@ -625,6 +697,7 @@ examples:
   faceid-nb demo
   faceid-nb portrait me.jpg "photo of a person in a red shirt, smiling" --scale 0.8 --seed 7
   faceid-nb portrait group.jpg "photo of a person" --face left --out portraits
+  faceid-nb together "photo of two people" --person a.jpg left --person b.jpg right
   faceid-nb sweep me.jpg --prompt "photo of a person, smiling" --model tiny-plusv2 \
 --s-scale 0,0.75,1.5 --seed 0,1,2
   faceid-nb benchmark people --model tiny-faceid,tiny-plusv2 --out results
@@ -639,7 +712,7 @@ def make_parser():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--version', action='version', version=f'faceid_nb {__version__}')
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
-    for add in (add_portrait, add_sweep, add_benchmark, add_demo, add_lab, add_doctor):
+    for add in (add_portrait, add_together, add_sweep, add_benchmark, add_demo, add_lab, add_doctor):
         add(commands)
     return parser
 

@@ -7,7 +7,8 @@ from diffusers.models.attention_processor import (
     Attention, AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, IPAdapterAttnProcessor,
     IPAdapterAttnProcessor2_0, SlicedAttnProcessor)
 from faceid_nb.attention import (
-    DecoupledAttention, attend, attention_weights, check_processor, cross_attention_layers, split_heads)
+    DecoupledAttention, Share, attend, attention_weights, check_processor, cross_attention_layers,
+    split_heads)
 from faceid_nb.errors import ArgumentError, GuidanceError
 from faceid_nb.guidance import Caller, guidance_rows
 import goldens_build as G
@@ -34,7 +35,7 @@ def test_equals_diffusers_processor(*, heads, c, d, N, L, T, B, scale, seed, sdp
     theirs = kind(heads * c, d, num_tokens=(T,), scale=[scale])
     ours = DecoupledAttention(attn.processor, sdpa)
     k, v = (split_heads(w(face), heads) for w in (theirs.to_k_ip[0], theirs.to_v_ip[0]))
-    ours.kv = k, v * scale
+    ours.shares = [Share(k, v * scale)]
     close(ours(attn, x, text), theirs(attn, x, (text, [face[:, None]])))
 
 @quick
@@ -63,10 +64,10 @@ def test_text_mask():
     x, text = torch.randn(2, 5, 16), torch.randn(2, 3, 12)
     mask = torch.tensor([[0., 0., -1e4], [0., 0., 0.]])[:, None]
     p = DecoupledAttention(attn.processor)
-    p.kv = torch.zeros(2, 2, 4, 8), torch.zeros(2, 2, 4, 8)
+    p.shares = [Share(torch.zeros(2, 2, 4, 8), torch.zeros(2, 2, 4, 8))]
     close(p(attn, x, text, mask), attn(x, text, mask))
     p = DecoupledAttention(attn.processor, sdpa=False)
-    p.kv = torch.zeros(2, 2, 4, 8), torch.zeros(2, 2, 4, 8)
+    p.shares = [Share(torch.zeros(2, 2, 4, 8), torch.zeros(2, 2, 4, 8))]
     close(p(attn, x, text, mask), attn(x, text, mask))
 
 @torch.no_grad()
@@ -74,7 +75,7 @@ def test_text_constants_are_kept_and_noticed_when_they_change():
     attn = layer()
     x, text = torch.randn(1, 5, 16), torch.randn(1, 3, 12)
     p = DecoupledAttention(attn.processor)
-    p.kv = torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8)
+    p.shares = [Share(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8))]
     calls = []
     attn.to_k.register_forward_hook(lambda *a: calls.append(1))
     p(attn, x, text)
@@ -95,7 +96,7 @@ def test_training_keeps_no_constants():
     x, text = torch.randn(1, 5, 16), torch.randn(1, 3, 12)
     p = DecoupledAttention(attn.processor)
     kv = torch.randn(2, 1, 2, 4, 8, requires_grad=True)
-    p.kv = tuple(kv)
+    p.shares = [Share(*kv)]
     for _ in range(2): p(attn, x, text).sum().backward()
     assert p.prompt.text is None and kv.grad.abs().sum() > 0
 
@@ -104,7 +105,7 @@ def test_record():
     attn = layer()
     p = DecoupledAttention(attn.processor)
     seen = []
-    p.kv, p.record = (torch.randn(2, 2, 4, 8), torch.randn(2, 2, 4, 8)), seen.append
+    p.shares, p.record = [Share(torch.randn(2, 2, 4, 8), torch.randn(2, 2, 4, 8))], seen.append
     p(attn, torch.randn(2, 5, 16), torch.randn(2, 3, 12))
     assert seen[0].shape == (2, 5, 4)
     close(seen[0].sum(-1), torch.ones(2, 5))

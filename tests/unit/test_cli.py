@@ -18,6 +18,7 @@ from conftest import ROOT, environment
 from faceid_nb import cli
 from faceid_nb.errors import NoFaceError, WeightsMissingError
 from faceid_nb.measure import FLATTERS
+from faceid_nb.together import Together
 from faceid_nb.tiny.people import render, sample_people
 from helpers_cli import CLI, Judge, Model, one_line, run
 from hypothesis import given
@@ -436,3 +437,41 @@ def test_out_in_the_home_folder(photo, tmp_path, stand_in, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run('portrait', photo, 'a', '--samples', 1, '--steps', 1, '--out', '~/out') == 0
     assert (tmp_path/'home'/'out'/'0001.png').exists() and not (tmp_path/'~').exists()
+
+
+# -- together
+
+@pytest.fixture
+def two_people(photo, tmp_path, stand_in, monkeypatch, capsys):
+    "What `together` made of two people: the exit code, the model, what it printed."
+    monkeypatch.setattr('faceid_nb.together.likeness_together',
+                        lambda people, made, places, judge: Together(np.tile([[.5, .1], [.2, .4]],
+                                                                             (len(made), 1, 1))))
+    model = stand_in()
+    code = run('together', 'two people', '--person', photo, 'left', '--person', photo, '.5,0,1,1', '--out',
+               tmp_path/'out', '--samples', 2, '--steps', 2, '--size', '128x64', '--feather', 0)
+    return code, model, capsys.readouterr().out
+
+
+def test_together_asks_for_both_in_one_picture(two_people):
+    code, model, _ = two_people
+    asked = model.asked[0]
+    assert code == 0 and len(asked['face']) == 2 and asked['regions'] == ['left', (.5, 0, 1, 1)]
+    assert (asked['width'], asked['height'], asked['feather']) == (128, 64, 0)
+
+
+def test_together_notes_each_likeness_and_reports_the_worst(two_people, tmp_path):
+    from faceid_nb.files import read_record
+    noted = read_record(tmp_path/'out'/'0001.png')
+    assert noted['of_each'] == [.5, .4] and noted['likeness'] == .4
+    assert '0.400' in two_people[2]
+
+
+@pytest.mark.parametrize('wrong, word', [(['--person', 'PHOTO', 'nowhere'], 'no region'),
+                                         (['--person', 'PHOTO', '0,0,2,1'], 'shares of the picture'),
+                                         (['--person', 'PHOTO', '0,x'], 'four numbers'),
+                                         (['--person', 'PHOTO', 'left', '--size', '64'], 'WIDTHxHEIGHT')])
+def test_together_refuses_on_one_line(photo, stand_in, capsys, wrong, word):
+    stand_in()
+    code = run('together', 'two people', *(photo if w == 'PHOTO' else w for w in wrong))
+    assert code == 2 and word in one_line(capsys)
