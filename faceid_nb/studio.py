@@ -374,6 +374,7 @@ def picture_of(kept):
         image.info['faceid_nb'] = read_record(kept)
         return image
 
+# %% ../nbs/studio/40_studio.ipynb #24dc4178
 @dataclass(eq=False)
 class Portrait:
     "A picture that was made."
@@ -456,26 +457,6 @@ class Pile(HasTraits):
     def shown(self):
         "The portraits in the gallery's order."
         return sorted(self.portraits, key=lambda p: -p.order) if self.best_first else self.portraits
-
-# %% ../nbs/studio/40_studio.ipynb #51c0ffe2
-class Bin(HasTraits):
-    "What was taken out of a list, with the places where it lay; the last removal comes back first."
-    count = Int(0)   # removals that can be undone
-    def __init__(self, most=20, **traits):
-        self.removals, self.most = [], most
-        super().__init__(**traits)
-    def take(self, things, gone) -> list:
-        "The list without those that go."
-        places = [(k, thing) for k, thing in enumerate(things) if thing in gone]
-        if places: self.removals = [*self.removals, places][-self.most:]
-        self.count = len(self.removals)
-        return [thing for thing in things if thing not in gone]
-    def undo(self, things) -> list:
-        "The list with what went last."
-        things = list(things)
-        for k, thing in self.removals.pop() if self.removals else (): things.insert(k, thing)
-        self.count = len(self.removals)
-        return things
 
 # %% ../nbs/studio/40_studio.ipynb #823f3d7f
 class Gallery(Pile):
