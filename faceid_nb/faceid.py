@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PROMPT', 'OURS', 'Row', 'whole_number', 'check_seeds', 'draw_seeds', 'check_prompts', 'check_counts', 'spread_scales',
-           'pair_rows', 'clean_latents', 'Step', 'Batch', 'cut_rows', 'split_rows', 'Stopped', 'Watch',
-           'single_callbacks', 'check_callbacks', 'is_theirs', 'wanted_tensors', 'run_rows', 'check_arguments',
-           'step_by_step', 'look_at', 'structure_people', 'record', 'alone', 'paint', 'check_number', 'people_of',
-           'give_negatives', 'check_texts', 'texts_of', 'negatives_of', 'check_structure', 'read_structure', 'generate',
-           'Loaded', 'FaceID']
+           'pair_rows', 'stand_together', 'everybody', 'clean_latents', 'Step', 'Batch', 'cut_rows', 'split_rows',
+           'Stopped', 'Watch', 'single_callbacks', 'check_callbacks', 'is_theirs', 'wanted_tensors', 'run_rows',
+           'check_arguments', 'step_by_step', 'look_at', 'structure_people', 'record', 'alone', 'paint', 'check_number',
+           'people_of', 'give_negatives', 'check_texts', 'texts_of', 'negatives_of', 'check_structure',
+           'read_structure', 'generate', 'Loaded', 'FaceID']
 
 # %% ../nbs/use/21_faceid.ipynb #93f16dd5
 import difflib
@@ -16,7 +16,8 @@ import inspect
 import queue
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from .files import read_record, save_png  # noqa: F401, both were asked for here
 from .guidance import spread
 from .hub import plain_defaults
 from .persons import Person, as_people, as_vectors
+from .regions import layout_regions
 from .rowwise import count_entries, tell_apart
 
 # %% ../nbs/use/21_faceid.ipynb #dabf88d2
@@ -45,6 +47,8 @@ class Row:
     sample: int = 0       # which picture of that face
     structure: object = None  # Plus: CLIP states (L, c) of the crop
     negative: object = None   # whom the unconditional row reads, a `Person`; None: nobody
+    who: int = 0              # which of the people that were given
+    beside: list = field(default_factory=list)   # `Row`s of the others in the same picture
 
 # %% ../nbs/use/21_faceid.ipynb #83d65149
 def whole_number(value, name, least=1) -> int:
@@ -118,8 +122,35 @@ def pair_rows(
         who, sample = divmod(i, k)
         own = {name: values[i] for name, values in columns.items()}
         face, text = faces[who % len(faces)], prompts[who % len(prompts)]
-        rows.append(Row(face, text, person=who, sample=sample, **own))
+        rows.append(Row(face, text, person=who, who=who, sample=sample, **own))
     return rows
+
+# %% ../nbs/use/21_faceid.ipynb #21010002
+def stand_together(people, prompt, negative_prompt, num_samples, seed, scale=1., s_scale=1.):
+    "The rows of pictures in which all people stand: the first person's, with the others beside it."
+    rows = pair_rows(people[:1], prompt, negative_prompt, num_samples, seed)
+    n, m = len(people), len(rows)
+    scales, s_scales = (spread_scales(v, n, m, name) for v, name in ((scale, 'scale'), (s_scale, 's_scale')))
+    for i, row in enumerate(rows):
+        own = [dict(face=face, scale=scales[who*m + i], s_scale=s_scales[who*m + i], who=who)
+               for who, face in enumerate(people)]
+        rows[i] = replace(row, **own[0], beside=[replace(row, **others) for others in own[1:]])
+    return rows
+
+def everybody(rows) -> list:
+    "All rows of the first person of each picture, then of the second, ..."
+    return list(chain.from_iterable(zip(*([row, *row.beside] for row in rows))))
+
+# %% ../nbs/use/21_faceid.ipynb #21010004
+def place_people(faceid, people, more) -> bool:
+    "Whether everybody stands in one picture; a layout becomes regions. Raises ArgumentError."
+    regions = more.get('regions')
+    if regions is None: return False
+    if not isinstance(regions, (list, tuple)):
+        more['regions'] = regions = layout_regions(regions, faceid.reader, len(people))
+    if len(regions) == len(people): return True
+    raise ArgumentError(f'{len(regions)} regions for {len(people)} people', '',
+                        'Give one region for each person')
 
 # %% ../nbs/use/21_faceid.ipynb #0c975828
 def clean_latents(
@@ -256,11 +287,11 @@ def callback_arguments(pipe, watch, more):
 
 # %% ../nbs/use/21_faceid.ipynb #d7b06c6e
 # of `FaceIDAdapter.condition`
-KNOBS = ('start', 'end', 'layers', 'negative', 'record', 'guidance')
+KNOBS = ('start', 'end', 'layers', 'negative', 'record', 'guidance', 'regions', 'feather')
 
 def identity_arguments(batch, nobody):
     "What `FaceIDAdapter.condition` is told about a batch."
-    rows = batch.rows
+    rows = everybody(batch.rows)
     told = dict(faces=[r.face for r in rows],
                 scale=[r.scale for r in rows], s_scale=[r.s_scale for r in rows])
     if rows[0].negative is not None: told['negative'] = [r.negative for r in rows]
@@ -380,6 +411,14 @@ def structure_people(structure, reader, which):
     firsts = [s[0] if isinstance(s, (list, tuple)) and s else s for s in given]
     return as_people(firsts, reader, which, same_pack=False)  # its numbers are not used
 
+# %% ../nbs/use/21_faceid.ipynb #21010007
+def plain_value(v):
+    "What can be noted of an argument: numbers, texts, lists and tables of them; None of the rest."
+    if isinstance(v, (str, int, float, bool)): return v
+    if isinstance(v, dict): return {str(k): plain_value(x) for k, x in v.items()}
+    several = isinstance(v, (list, tuple)) and len(v) <= 64
+    return [plain_value(x) for x in v] if several else None
+
 # %% ../nbs/use/21_faceid.ipynb #6d8571df
 def record(
     image,  # what the pipeline made: a PIL picture is noted on, other outputs come back as they are
@@ -390,8 +429,10 @@ def record(
     "Note on a picture how it was made."
     if not isinstance(image, Image.Image): return image
     of_row = {k: getattr(row, k) for k in ('prompt', 'negative_prompt', 'seed', 'scale', 's_scale')}
-    plain = {k: v for k, v in more.items() if isinstance(v, (str, int, float, bool))}
-    plain.pop('record', None)
+    if row.beside:
+        for k in ('scale', 's_scale'): of_row[k] = [getattr(r, k) for r in (row, *row.beside)]
+    plain = {k: plain_value(v) for k, v in more.items() if k != 'record'}
+    plain = {k: v for k, v in plain.items() if v is not None}
     image.info['faceid_nb'] = dict(
         model=faceid.name, **of_row, steps=steps, guidance_scale=guidance_scale,
         scheduler=type(faceid.pipe.scheduler).__name__, person=row.person, sample=row.sample,
@@ -442,8 +483,8 @@ def people_of(face, faceid, which) -> list:
 def give_negatives(faceid, rows, negative, which):
     "Tell the rows whom their unconditional halves read."
     if negative is None: return
-    n, k = 1 + rows[-1].person, 1 + rows[-1].sample
-    people = spread(people_of(negative, faceid, which), n, k, 'negative')
+    n = 1 + rows[-1].who
+    people = spread(people_of(negative, faceid, which), n, len(rows)//n, 'negative')
     for row, person in zip(rows, people): row.negative = person
 
 # %% ../nbs/use/21_faceid.ipynb #f9169274
@@ -485,11 +526,11 @@ def read_structure(faceid, rows, people, structure, which):
     else:
         if structure is not None: people = structure_people(structure, faceid.reader, which)
         states = look_at(faceid.encoder, people)
-    n = 1 + max(r.person for r in rows)
+    n = 1 + max(r.who for r in rows)
     if len(states) not in (1, n):
         raise ArgumentError(f'{len(states)} structures for {n} faces', '',
                             'Give one, or one for each face')
-    for r in rows: r.structure = states[r.person % len(states)]
+    for r in rows: r.structure = states[r.who % len(states)]
     return faceid.encoder.nobody()
 
 # %% ../nbs/use/21_faceid.ipynb #1b25c467
@@ -509,8 +550,7 @@ def generate(self,
     which='largest',     # which face of a photograph
     batch_size=None,     # rows at a time; the pictures do not depend on it
     on_step=None,        # called with a `Step` after each step
-    **more,              # start, end, layers, negative, record, guidance of `condition`;
-                         # everything else goes to the pipeline, see `tell_apart`
+    **more,              # `KNOBS` of `condition`; the rest goes to the pipeline, see `tell_apart`
 ) -> list:
     "Pictures, all samples of the first face, then of the second. Each has its record in `.info`."
     with alone(self):
@@ -518,9 +558,10 @@ def generate(self,
         steps = whole_number(num_inference_steps, 'num_inference_steps')
         people = people_of(face, self, which)
         texts = texts_of(prompt, more), negatives_of(self, negative_prompt, more)
-        rows = pair_rows(people, *texts, num_samples, seed, scale, s_scale)
-        give_negatives(self, rows, more.pop('negative', None), which)
-        nobody = read_structure(self, rows, people, structure, which)
+        pair = stand_together if place_people(self, people, more) else pair_rows
+        rows = pair(people, *texts, num_samples, seed, scale, s_scale)
+        give_negatives(self, everybody(rows), more.pop('negative', None), which)
+        nobody = read_structure(self, everybody(rows), people, structure, which)
         return paint(self, rows, nobody, batch_size, on_step, steps, guidance_scale, more)
 
 # %% ../nbs/use/21_faceid.ipynb #6933b83f
