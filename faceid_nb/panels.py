@@ -665,7 +665,7 @@ class ComparisonPanel(Panel):
         seeds = T.link((self.weights, 'seeds'), (self.comparison, 'seeds'))
         self._undo.append(seeds.unlink)
         tip = 'pictures of everybody against all photographs'
-        self.go = self.people = self.start('Compare people', self.comparison.run, tip, '150px')
+        self.people = self.start('Compare people', self.comparison.run, tip, '150px')
         tip = 'likeness and prompt adherence for every pair of weights'
         self.survey = self.start('Survey the weights', self.weights.survey, tip, '180px')
         tip = 'the weights that reach the target with the best prompt adherence'

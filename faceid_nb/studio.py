@@ -6,10 +6,10 @@
 __all__ = ['OUT_OF_MEMORY', 'RANGES', 'MILLIONS', 'REAL_PEOPLE', 'RECORDED', 'NOT_RESTORED', 'say_error', 'Worker', 'check_range',
            'Settings', 'arguments_of', 'Part', 'has_pack', 'parts_needed', 'size_of', 'parts_missing', 'size_missing',
            'describe_model', 'no_preview', 'Engine', 'memory_in_use', 'Machine', 'Photograph', 'faces_on',
-           'open_photograph', 'Sitter', 'say_if_unlike', 'tell', 'drawn_person', 'People', 'python_of', 'picture_of',
-           'Portrait', 'differences', 'Bin', 'Pile', 'Gallery', 'Progress', 'what_is_missing', 'Entrance', 'Studio',
-           'read_again', 'say_if_long', 'say_loading', 'Job', 'count', 'previews', 'follow', 'measure_portraits',
-           'Sitting', 'read_settings', 'carries_record', 'restore', 'receive']
+           'open_photograph', 'Sitter', 'say_if_unlike', 'tell', 'drawn_person', 'People', 'python_of', 'Portrait',
+           'differences', 'Gallery', 'Progress', 'what_is_missing', 'Entrance', 'Studio', 'read_again', 'say_if_long',
+           'say_loading', 'Job', 'count', 'previews', 'follow', 'measure_portraits', 'Sitting', 'read_settings',
+           'carries_record', 'restore', 'receive']
 
 # %% ../nbs/studio/40_studio.ipynb #b11e29d7
 import copy
@@ -366,31 +366,15 @@ def python_of(settings, sitter) -> str:
     lines += ['', f'model = load({model!r})', f'face = {sitter.python}']
     return '\n'.join([*lines, f'picture = model.generate(face, {given})[0]'])
 
-def picture_of(kept):
-    "A picture that is here, or one that lies in a file."
-    if not isinstance(kept, Path): return kept
-    with Image.open(kept) as image:
-        image.load()
-        image.info['faceid_nb'] = read_record(kept)
-        return image
-
-# %% ../nbs/studio/40_studio.ipynb #24dc4178
 @dataclass(eq=False)
 class Portrait:
     "A picture that was made."
-    picture: object = field(repr=False) # PIL with its record in .info, or the path of its PNG
+    image: object = field(repr=False)   # PIL, with its record in .info
     settings: dict = field(repr=False)  # all that `generate` was given, and the model's name
     likeness: float = math.nan          # by the judge; nan: no face found
     distance: float = math.nan          # structure distance to the photograph
     kept: bool = False                  # it stays when the others are cleared away
     sitter: Sitter = field(repr=False, default=Sitter())
-    @property
-    def image(self): return picture_of(self.picture)
-    @property
-    def png(self) -> bytes:
-        "The file that carries picture and settings."
-        if isinstance(self.picture, Path): return self.picture.read_bytes()
-        return png_bytes(self.picture, settings=self.settings, **self.measured)
     @property
     def python(self): return python_of(self.settings, self.sitter)
     @property
@@ -413,69 +397,36 @@ def differences(portraits) -> dict:  # {name: [value of each]}
     measured = dict(likeness=likeness, distance=distance)
     return measured | {name: values for name, values in settings.items() if unequal(values)}
 
-# %% ../nbs/studio/40_studio.ipynb #51c0ffe2
-class Bin(HasTraits):
-    "What was taken out of a list, with the places where it lay; the last removal comes back first."
-    count = Int(0)   # removals that can be undone
-    def __init__(self, most=20, **traits):
-        self.removals, self.most = [], most
-        super().__init__(**traits)
-    def take(self, things, gone) -> list:
-        "The list without those that go."
-        places = [(k, thing) for k, thing in enumerate(things) if thing in gone]
-        if places: self.removals = [*self.removals, places][-self.most:]
-        self.count = len(self.removals)
-        return [thing for thing in things if thing not in gone]
-    def undo(self, things) -> list:
-        "The list with what went last."
-        things = list(things)
-        for k, thing in self.removals.pop() if self.removals else (): things.insert(k, thing)
-        self.count = len(self.removals)
-        return things
-
-# %% ../nbs/studio/40_studio.ipynb #51c0ffe4
-class Pile(HasTraits):
-    "Portraits in an order, the newest or the best first."
+# %% ../nbs/studio/40_studio.ipynb #823f3d7f
+class Gallery(HasTraits):
+    "Portraits: what is kept, what is compared, in which order, and where they are written."
     portraits, compared = List(), List()
     best_first = Bool(False)
-    most = Int(400)   # that are remembered, besides those that are kept
-    def __init__(self, **traits):
-        self.bin, self.lock = Bin(), threading.RLock()   # the worker adds while somebody removes
-        super().__init__(**traits)
+    save_all = Bool(False)          # write every portrait as it is finished
+    folder = Unicode('portraits')   # the only place that is written to
+    most = Int(400)                 # portraits that are remembered, besides those that are kept
     def remember(self, made):
-        with self.lock:
-            forgotten = [p for p in self.portraits if not p.kept][self.most:]
-            self.portraits = [*made, *(p for p in self.portraits if p not in forgotten)]
-    def remove(self, portraits):
-        "Take portraits away; files that were saved stay."
-        with self.lock:
-            self.portraits = self.bin.take(self.portraits, portraits)
-            self.compared = [p for p in self.compared if p in self.portraits]
-    def undo(self):   # the last removal
-        with self.lock: self.portraits = self.bin.undo(self.portraits)
+        forgotten = [p for p in self.portraits if not p.kept][self.most:]
+        self.portraits = [*made, *(p for p in self.portraits if p not in forgotten)]
+        if not self.save_all: return
+        for portrait in made: self.save(portrait)
     @property
     def shown(self):
         "The portraits in the gallery's order."
         return sorted(self.portraits, key=lambda p: -p.order) if self.best_first else self.portraits
-
-# %% ../nbs/studio/40_studio.ipynb #823f3d7f
-class Gallery(Pile):
-    "Portraits: what is kept, what is compared, and where they are written."
-    save_all = Bool(False)          # write every portrait as it is finished
-    folder = Unicode('portraits')   # the only place that is written to
-    def remember(self, made):
-        super().remember(made)
-        if not self.save_all: return
-        for portrait in made: self.save(portrait)
     def keep(self, portrait, kept=True):
         portrait.kept = kept
         tell(self, 'portraits')
-    def clear(self): self.remove([p for p in self.portraits if not p.kept])   # files stay
+    def clear(self):
+        "Forget the portraits that are not kept; files stay."
+        self.portraits = [p for p in self.portraits if p.kept]
+        self.compared = [p for p in self.compared if p.kept]
     def compare(self, portrait, on=True):
         self.compared = [p for p in self.compared if p is not portrait] + [portrait]*on
     def save(self, portrait, folder=None):
         "Write a portrait as a PNG that carries its settings; never over another. Returns the path."
-        return write_new(portrait.png, self.folder if folder is None else folder)
+        png = png_bytes(portrait.image, settings=portrait.settings, **portrait.measured)
+        return write_new(png, self.folder if folder is None else folder)
 
 # %% ../nbs/studio/40_studio.ipynb #217e9fcc
 class Progress(HasTraits):

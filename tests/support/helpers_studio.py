@@ -44,7 +44,6 @@ def empty(studio, folder='portraits'):
     people.photographs, people.side_by_side, people.num_photographs = [], False, 0
     gallery.portraits, gallery.compared, gallery.best_first, gallery.save_all = [], [], False, False
     gallery.folder, gallery.most = str(folder), 400
-    gallery.bin.removals, gallery.bin.count = [], 0
     studio.progress.preview, studio.progress.preview_every = [], 5
     studio.engine.download, studio.worker.error, studio.worker.note = False, '', ''
 

@@ -8,7 +8,7 @@ from conftest import ROOT, modules
 # what measuring and drawing may use; the rest trains
 TINY_ROOMS = {'faceid_nb.tiny.people', 'faceid_nb.tiny.scenes'}
 VIEWS = {'faceid_nb.widgets', 'faceid_nb.panels', 'faceid_nb.dashboard'}
-STUDIO = VIEWS | {'faceid_nb.preview', 'faceid_nb.studio', 'faceid_nb.experiments', 'faceid_nb.session'}
+STUDIO = VIEWS | {'faceid_nb.preview', 'faceid_nb.studio', 'faceid_nb.experiments'}
 WIDGETS = {'ipywidgets', 'anywidget'}
 DEVELOPMENT = {'nbdev', 'fastcore', 'execnb', 'pytest', 'ruff'}
 PACKAGES = {'faceid_nb', 'faceid_nb.tiny'}

@@ -30,12 +30,6 @@ def kept():
     studio.close()
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path_factory, monkeypatch):
-    "Boards keep a session in the folder `portraits` of the working folder."
-    monkeypatch.chdir(tmp_path_factory.mktemp('elsewhere'))
-
-
 @pytest.fixture
 def board(kept, photo, tmp_path):
     "All dashboards on a studio that has its model already."

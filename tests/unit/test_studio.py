@@ -804,35 +804,3 @@ def test_what_is_allowed_is_fetched(studio, asked):
     studio.engine.download = True
     assert studio.generate() and studio.worker.wait(20)
     assert asked == [('sd15-faceid', dict(download=True))] and 'not here' in studio.worker.error
-
-
-# taking away and bringing back
-
-def test_what_was_cleared_comes_back_to_its_places(three):
-    a, b, c = three.portraits
-    three.keep(b)
-    three.clear()
-    newer = Portrait(None, dict(seed=9))
-    three.remember([newer])
-    three.undo()
-    assert three.portraits == [a, newer, c, b]
-    assert three.bin.count == 0
-
-
-def test_removals_come_back_in_the_reverse_order(three):
-    a, b, c = three.portraits
-    three.remove([a])
-    three.remove([c])
-    assert three.portraits == [b] and three.bin.count == 2
-    three.undo()
-    assert three.portraits == [b, c]
-    three.undo()
-    assert three.portraits == [a, b, c]
-
-
-def test_a_portrait_that_lies_in_a_file_is_read_from_it(studio, tmp_path):
-    portrait = made(studio)[0]
-    before, png = portrait.image, portrait.png
-    portrait.picture = studio.gallery.save(portrait, tmp_path)
-    assert largest_difference(portrait.image, before) == 0 and portrait.png == png
-    assert portrait.image.info['faceid_nb']['settings'] == portrait.settings
