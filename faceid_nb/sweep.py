@@ -10,6 +10,7 @@ __all__ = ['check_pictures', 'check_grid', 'make_cells', 'describe_models', 'che
 import itertools
 import math
 import tempfile
+import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -77,14 +78,16 @@ def make_cells(axes, fixed, model, load, scoring='') -> list:  # as for `Sweep`,
 
 # %% ../nbs/study/30_sweep.ipynb #42783837
 def describe_models(cells) -> dict:
-    "{id of a `FaceID`: (it, what its pictures depend on)}; a name stands for files, which stay."
+    """{id of a `FaceID`: (a weak reference, what its pictures depend on)}; a name stands for files,
+    which stay."""
     models = {id(m): m for m in (c.arguments['model'] for c in cells) if not isinstance(m, str)}
-    return {i: (m, describe_model(m)) for i, m in models.items()}
+    return {i: (weakref.ref(m), describe_model(m)) for i, m in models.items()}
 
 def check_unchanged(described):  # of `describe_models`
     "Raise ArgumentError where a model is not any more what the cells were named after."
-    for model, before in described.values():
-        names = changed(model, before)
+    for found, before in described.values():
+        model = found()
+        names = changed(model, before) if model is not None else []
         if not names: continue
         raise ArgumentError('The model was changed since this sweep was made',
                             f'It has another {", another ".join(names)}', 'Make the sweep again')
