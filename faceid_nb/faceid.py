@@ -491,7 +491,8 @@ def give_negatives(faceid, rows, negative, which):
 def check_texts(given, more, name):
     "Raise ArgumentError where a text and the states of one are both given."
     if given is None or more.get(f'{name}_embeds') is None: return
-    raise ArgumentError(f'{name} and {name}_embeds are both given', repr(given)[:80], 'Give one of them')
+    raise ArgumentError(f'{name} and {name}_embeds are both given', repr(given)[:80],
+                        'Give one of them')
 
 def texts_of(given, more, name='prompt'):
     "The texts of a call: as given, or as many empty ones as there are states of them."

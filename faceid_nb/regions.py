@@ -26,7 +26,8 @@ def ramp(low, high, feather):
     return rise*fall
 
 def box_mask(box, feather=0.):
-    "(GRID, GRID) of a box (left, top, right, bottom) in shares of the picture. Raises `ArgumentError`."
+    """(GRID, GRID) of a box (left, top, right, bottom) in shares of the picture. Raises
+    `ArgumentError`."""
     left, top, right, bottom = map(float, box)
     if 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
         return ramp(top, bottom, feather)[:, None]*ramp(left, right, feather)

@@ -42,7 +42,7 @@ def faces_by_region(image, masks, judge) -> list:
 @dataclass
 class Together:
     "Who is seen where, in n pictures of m people."
-    likeness: np.ndarray   # (n, m, m): cosine of the face in a region with a person; nan without a face
+    likeness: np.ndarray   # (n, m, m): cosine of the face in a region with a person; or nan
     @property
     def own(self): return np.einsum('nii->ni', self.likeness)    # (n, m)
     @property
