@@ -114,10 +114,11 @@ def save_png(
     return path
 
 # %% ../nbs/ground/70_files.ipynb #89a5143d
-def read_record(path) -> dict:
+def read_record(source) -> dict:  # path, or an open file
     "How a saved picture was made; {} where it does not say."
     from PIL import Image  # a light module, see above
-    with Image.open(as_path(path)) as image: return json.loads(image.info.get('faceid_nb', '{}'))
+    source = source if hasattr(source, 'read') else as_path(source)
+    with Image.open(source) as image: return json.loads(image.info.get('faceid_nb', '{}'))
 
 # %% ../nbs/ground/70_files.ipynb #7058d1ad
 def png_bytes(

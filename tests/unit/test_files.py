@@ -216,3 +216,10 @@ def test_broken_pictures_are_counted_and_named():
     broken = {f'{k}.jpg': 'it is empty' for k in range(7)}
     with pytest.warns(UserWarning, match='7 of 900.*0.jpg: it is empty;.*and 2 more'):
         files.warn_of_broken(broken, 900)
+
+
+def test_a_record_is_read_from_a_path_and_from_an_open_file(tmp_path):
+    image = Image.new('RGB', (8, 8))
+    image.info['faceid_nb'] = {'seed': 3}
+    path = files.save_png(image, tmp_path/'a.png')
+    assert files.read_record(path) == files.read_record(io.BytesIO(path.read_bytes())) == {'seed': 3}
