@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['PROMPT', 'OURS', 'Row', 'whole_number', 'check_seeds', 'draw_seeds', 'check_prompts', 'check_counts', 'spread_scales',
            'pair_rows', 'stand_together', 'everybody', 'clean_latents', 'Step', 'Batch', 'cut_rows', 'split_rows',
-           'Stopped', 'Watch', 'single_callbacks', 'check_callbacks', 'is_theirs', 'wanted_tensors', 'run_rows',
-           'check_arguments', 'step_by_step', 'look_at', 'structure_people', 'record', 'alone', 'paint', 'check_number',
-           'people_of', 'give_negatives', 'check_texts', 'texts_of', 'negatives_of', 'check_structure',
-           'read_structure', 'generate', 'Loaded', 'FaceID']
+           'Stopped', 'Watch', 'is_theirs', 'wanted_tensors', 'run_rows', 'check_arguments', 'step_by_step', 'look_at',
+           'structure_people', 'record', 'alone', 'paint', 'check_number', 'people_of', 'give_negatives', 'check_texts',
+           'texts_of', 'negatives_of', 'check_structure', 'read_structure', 'generate', 'Loaded', 'FaceID']
 
 # %% ../nbs/use/21_faceid.ipynb #93f16dd5
 import difflib
@@ -27,7 +26,7 @@ from . import __version__
 from .errors import ArgumentError
 from .facts import changed, describe_model
 from .files import read_record, save_png  # noqa: F401, both were asked for here before
-from .guidance import spread
+from .guidance import check_callbacks, spread
 from .hub import plain_defaults
 from .persons import Person, as_people, as_vectors
 from .regions import layout_regions
@@ -242,21 +241,6 @@ class Watch:
     def stopped(self): return self.stop is not None and self.stop.is_set()
 
 # %% ../nbs/use/21_faceid.ipynb #e8603315
-def single_callbacks(callback) -> list:
-    "The callbacks inside a `MultiPipelineCallbacks`, or the one."
-    if not hasattr(callback, 'callbacks'): return [callback]
-    singles = []
-    for inside in callback.callbacks: singles += single_callbacks(inside)
-    return singles
-
-def check_callbacks(callback):
-    "Raise ArgumentError for a callback that acts on another adapter than ours."
-    kinds = {type(c).__name__ for c in single_callbacks(callback)}
-    if 'IPAdapterScaleCutoffCallback' not in kinds: return
-    raise ArgumentError("IPAdapterScaleCutoffCallback acts on diffusers' own IP-Adapters",
-                        'This face is drawn by another adapter',
-                        'Say end=.5 in its place: no identity after half of the schedule')
-
 def is_theirs(callback) -> bool:
     "Whether a callback is one of diffusers' objects."
     return callback is not None and hasattr(callback, 'tensor_inputs')
