@@ -483,6 +483,12 @@ def keys_values(
     return kv
 
 # %% ../nbs/method/07_adapter.ipynb #72249a38
+def check_whole(caller, regions):
+    "Raise `ArgumentError` where the UNet is given views of a picture, not the picture."
+    if regions is None or caller is None or not caller.interleaved: return
+    raise ArgumentError('Regions are places in the whole picture',
+                        f'{type(caller.pipe).__name__} draws it view by view', 'Leave regions out')
+
 def read_layout(condition, sample, text):
     "`guidance_rows` for a batch that the UNet was given."
     unet, n, parts = condition.at.unet, condition.pictures, condition.knobs.guidance
@@ -506,12 +512,6 @@ def pictures_of(tokens, knobs):
                             'Give a face for each region, or as many for each')
     regions.check(pictures)
     return regions, pictures
-
-def check_whole(caller, regions):
-    "Raise `ArgumentError` where the UNet is given views of a picture, not the picture."
-    if regions is None or caller is None or not caller.interleaved: return
-    raise ArgumentError('Regions are places in the whole picture',
-                        f'{type(caller.pipe).__name__} draws it view by view', 'Leave regions out')
 
 def read_shares(condition, who, sample):
     "{path: [a `Share` a person]} for a batch whose rows show the pictures `who`."
